@@ -1,0 +1,63 @@
+"""How every command runs: results on stdout, errors as one line on stderr, `--json` last, exit codes 0, 1 and 2."""
+
+import argparse
+import difflib
+import errno
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from schemas.errors import UsageError, UserError
+
+Command = Callable[[argparse.Namespace], dict[str, Any]]
+
+
+def run(command: Command, args: argparse.Namespace, name: str) -> int:
+    """Run `command(args)` and return the exit code.
+
+    The command prints its result for people and returns the summary that `--json` prints as the last
+    line. A summary with a true `"failed"` entry (a reason) gives exit code 1 after everything is written.
+    """
+    debug = bool(os.environ.get("UNA_DEBUG"))
+    try:
+        summary = command(args)
+    except UserError as error:
+        if debug:
+            raise
+        return _fail(name, str(error), 2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        return _fail(name, "interrupted; nothing was left half-written", 1)
+    except OSError as error:
+        if debug:
+            raise
+        if error.errno == errno.ENOSPC:
+            return _fail(name, f"no space left on the disk ({error.filename or 'output'}); nothing was left behind", 1)
+        return _fail(name, f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 1)
+    if args.json:
+        print(json.dumps(summary, ensure_ascii=False, default=str), flush=True)
+    if summary.get("failed"):
+        return _fail(name, summary["failed"], 1)
+    return 0
+
+
+def log_to_stderr() -> None:
+    """Our own progress from INFO up, other libraries' from ERROR up; call it before anything heavy is imported."""
+    logging.basicConfig(stream=sys.stderr, level=logging.ERROR, format="%(message)s", force=True)
+    for ours in ("schemas", "pipelines", "una_train"):
+        logging.getLogger(ours).setLevel(logging.INFO)
+
+
+def _fail(name: str, message: str, code: int) -> int:
+    sys.stdout.flush()
+    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or the list of valid choices when nothing is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(known)}"

@@ -1,0 +1,44 @@
+"""The two ways input can be wrong: the whole run cannot go on, or one record cannot be used."""
+
+
+class UserError(Exception):
+    """The run cannot go on; the message is one line that says what, where and what to do."""
+
+
+class UsageError(UserError):
+    """The arguments, options or configuration are wrong: exit code 2."""
+
+
+class Reject(Exception):  # noqa: N818 - it is an outcome of a record, not a failure of the run
+    """One record cannot become rows; it is written to rejected/ under `reason` (a key of `REASONS`)."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        assert reason in REASONS, reason
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+REASONS = {
+    "invalid_json": "the line or element is not valid JSON",
+    "invalid_unicode": "the text is not valid UTF-8, or holds a lone surrogate",
+    "wrong_shape": "the record does not have the shape of the file's format",
+    "missing_field": "a field the format needs is absent or null",
+    "wrong_type": "a field holds a value of another type than the format's",
+    "empty_prompt": "the prompt is empty or blank",
+    "empty_response": "a response is empty or blank",
+    "histories_differ": "the two sides of a comparison do not share one prompt",
+    "identical_responses": "the two sides of a comparison are the same text",
+    "unknown_role": "a message has a role that is none of system, user, assistant or tool",
+    "unsupported_content": "a message holds an image, audio or another part that is not text",
+    "invalid_label": "the label is none of the values that the format allows",
+    "invalid_reward": "the reward is not a finite number",
+    "reward_out_of_range": "the reward lies outside the range of its scale",
+    "tie": "neither side was preferred, and the policy for ties is to drop them",
+    "too_long": "prompt and response have more tokens than the limit",
+    "special_token_in_text": "the text spells out one of the tokenizer's special tokens",
+    "template_error": "the chat template cannot render the conversation",
+    "comparison_incomplete": "the other row of the comparison was rejected",
+    "invalid_logprob": "the engine returned a log-prob that is not finite",
+}
+# Dropped because a named policy says so; they do not count against --max-rejected.
+POLICY_REASONS = frozenset({"tie"})

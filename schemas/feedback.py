@@ -1,0 +1,316 @@
+"""The feedback row: Arrow schemas, content ids, the functions that make rows, and `check`.
+
+One row is one (prompt, response) with an explicit reward in [0, 1]. This module knows nothing of
+files, Beam or models.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NotRequired, TypedDict
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas.errors import Reject
+
+TYPES = ("pairwise", "binary", "scalar", "demonstration", "unlabelled")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class Message(TypedDict):
+    role: str
+    content: str
+    tool_calls: NotRequired[str | None]
+
+
+class Row(TypedDict):
+    """A feedback row as a dict; the keys are the columns of `FEEDBACK`."""
+
+    id: str
+    prompt: list[Message]
+    response: str
+    reward: float | None
+    type: str
+    prompt_id: str
+    comparison_id: str | None
+    source: str
+    raw_reward: float | None
+    labeller: str | None
+    metadata: str | None
+
+
+def _field(name: str, kind: pa.DataType, description: str, null: bool = False) -> pa.Field:
+    return pa.field(name, kind, nullable=null, metadata={"description": description})
+
+
+_MESSAGE = pa.struct(
+    [
+        pa.field("role", pa.string(), nullable=False),
+        pa.field("content", pa.string(), nullable=False),
+        pa.field("tool_calls", pa.string()),
+    ]
+)
+_ids = pa.list_(pa.field("element", pa.int32(), nullable=False))
+
+FEEDBACK = pa.schema(
+    [
+        _field("id", pa.string(), "128-bit hex over prompt, response, type, source, labeller and label"),
+        _field(
+            "prompt",
+            pa.list_(pa.field("element", _MESSAGE, nullable=False)),
+            "the conversation up to the response, system turns included; tool calls as a JSON string",
+        ),
+        _field("response", pa.string(), "the assistant message being judged, byte for byte"),
+        _field("reward", pa.float32(), "explicit reward in [0, 1]; null until labelled", null=True),
+        _field("type", pa.string(), "`pairwise`, `binary`, `scalar`, `demonstration`, or `unlabelled`"),
+        _field("prompt_id", pa.string(), "128-bit hex over `prompt`; splits and grouping use it"),
+        _field("comparison_id", pa.string(), "shared by the two rows of a comparison; null for other types", null=True),
+        _field("source", pa.string(), "dataset name"),
+        _field("raw_reward", pa.float64(), "the number as the source gave it, before normalisation", null=True),
+        _field(
+            "labeller",
+            pa.string(),
+            "`human`, `human:<hash>`, `model:<name>@<revision>`, `judge:<name>` or `rule:<name>`",
+            null=True,
+        ),
+        _field("metadata", pa.string(), "JSON: whatever else is worth keeping", null=True),
+    ]
+)
+
+REFERENCE_COLUMNS = [
+    _field("prompt_ids", _ids, "token ids of the prompt, exactly what the model sees"),
+    _field("response_ids", _ids, "token ids of the response, the end-of-turn token included"),
+    _field(
+        "ref_logps",
+        pa.list_(pa.field("element", pa.float32(), nullable=False)),
+        "log π_ref of each response token, in nats",
+    ),
+    _field("ref_logp", pa.float64(), "sum of `ref_logps`, in nats"),
+]
+SCORED = pa.schema(list(FEEDBACK) + REFERENCE_COLUMNS)
+
+REJECTED = pa.schema(
+    [
+        _field("reason", pa.string(), "reason code (a key of schemas.errors.REASONS)"),
+        _field("detail", pa.string(), "what was wrong, with the value seen"),
+        _field("source_file", pa.string(), "the file the record came from"),
+        _field("position", pa.int64(), "1-based line (line-based files) or record number in that file"),
+        _field("part", pa.string(), "the part of the record that was rejected; null for the whole record", null=True),
+        _field("payload", pa.binary(), "the record's bytes as read (JSON for tabular files)"),
+    ]
+)
+
+
+# --- ids ---------------------------------------------------------------------------------------
+
+
+def digest(*parts: Any) -> str:
+    """128-bit BLAKE2b of the parts' JSON, as 32 hex digits; the same on every machine."""
+    try:
+        text = json.dumps(parts, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Reject("invalid_unicode", f"lone surrogate at character {error.start}") from None
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
+def prompt_id(prompt: Sequence[Message]) -> str:
+    """Id of a conversation, over role, content and tool calls of every turn."""
+    return digest([[m["role"], m["content"], m.get("tool_calls")] for m in prompt])
+
+
+# --- making rows -------------------------------------------------------------------------------
+
+
+def score(prompt: list[Message], response: str, reward: float, **facts: Any) -> list[Row]:
+    """A row of type `scalar`; `reward` in [0, 1]. `facts` as in `_row`."""
+    return [_row(prompt, response, reward, "scalar", **facts)]
+
+
+def thumb(prompt: list[Message], response: str, good: bool, **facts: Any) -> list[Row]:
+    """A row of type `binary`; the reward is 1 for a good response and 0 for a bad one."""
+    return [_row(prompt, response, float(good), "binary", **facts)]
+
+
+def demonstration(prompt: list[Message], response: str, **facts: Any) -> list[Row]:
+    """A row of type `demonstration`; its reward is 1 (UFT, arXiv 2410.21438)."""
+    return [_row(prompt, response, 1.0, "demonstration", **facts)]
+
+
+def comparison(
+    prompt: list[Message],
+    first: str,
+    second: str,
+    p_first: float,
+    raw: tuple[float | None, float | None] = (None, None),
+    **facts: Any,
+) -> list[Row]:
+    """The two rows of a comparison: rewards p and 1 − p, where p is the probability that `first` is better.
+
+    The ids do not depend on which response comes first. Raises `Reject` if both are the same text.
+    """
+    if first == second:
+        raise Reject("identical_responses", f"both responses are {first[:80]!r}")
+    a = _row(prompt, first, p_first, "pairwise", raw_reward=raw[0], **facts)
+    b = _row(prompt, second, 1 - p_first, "pairwise", raw_reward=raw[1], **facts)
+    sides = sorted([[a["response"], a["reward"], a["raw_reward"]], [b["response"], b["reward"], b["raw_reward"]]])
+    both = digest("comparison", a["prompt_id"], sides, a["source"], a["labeller"])
+    for row in (a, b):
+        row["comparison_id"] = both
+        row["id"] = digest(row["id"], both)
+    return [a, b]
+
+
+def _row(
+    prompt: list[Message],
+    response: str,
+    reward: float,
+    kind: str,
+    *,
+    source: str,
+    raw_reward: float | None = None,
+    labeller: str | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> Row:
+    """Build one row and reject what no stage could use: blank texts, and rewards outside [0, 1]."""
+    if not prompt or not any(m["content"].strip() or m.get("tool_calls") for m in prompt):
+        raise Reject("empty_prompt", "the prompt has no text")
+    if not response.strip():
+        raise Reject("empty_response", f"the response is {response!r}")
+    if not math.isfinite(reward) or (raw_reward is not None and not math.isfinite(raw_reward)):
+        raise Reject("invalid_reward", f"the reward is {reward if not math.isfinite(reward) else raw_reward}")
+    if not 0 <= reward <= 1:
+        raise Reject("reward_out_of_range", f"the reward {reward} is not in [0, 1]")
+    of_prompt = prompt_id(prompt)
+    stored = float(np.float32(reward))
+    return Row(
+        id=digest(of_prompt, response, kind, source, labeller, stored, raw_reward),
+        prompt=prompt,
+        response=response,
+        reward=stored,
+        type=kind,
+        prompt_id=of_prompt,
+        comparison_id=None,
+        source=source,
+        raw_reward=raw_reward,
+        labeller=labeller,
+        metadata=_json(metadata) if metadata else None,
+    )
+
+
+def _json(value: dict[str, Any]) -> str:
+    text = json.dumps(_finite(value), ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities become null: JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(rows: Iterable[Row]) -> pa.Table:
+    """Rows as an Arrow table of schema `FEEDBACK`; `check` it before it is written."""
+    return pa.Table.from_pylist(list(rows), schema=FEEDBACK)
+
+
+# --- check -------------------------------------------------------------------------------------
+
+
+def check(rows: pa.Table, *, scored: bool = False) -> None:
+    """Raise `ValueError` naming the first column, row and value that break the schema's rules.
+
+    pyarrow accepts nulls in non-null columns, drops unknown keys and turns 1e300 into inf, so every
+    batch is checked before it is written and again before it is trained on.
+    """
+    schema = SCORED if scored else FEEDBACK
+    if not rows.schema.equals(schema):
+        have, want = set(rows.schema.names), set(schema.names)
+        differing = [n for n in want & have if rows.schema.field(n) != schema.field(n)]
+        raise ValueError(
+            f"columns differ from the schema: missing {sorted(want - have)}, unknown {sorted(have - want)}, "
+            f"of another type {sorted(differing)}"
+        )
+    for field in schema:
+        _check_nulls(rows[field.name], field, field.name)
+    _all(pc.match_substring_regex(rows["id"], "^[0-9a-f]{32}$"), rows, "id", "is not 32 hex digits")
+    _all(pc.match_substring_regex(rows["prompt_id"], "^[0-9a-f]{32}$"), rows, "prompt_id", "is not 32 hex digits")
+    _all(pc.is_in(rows["type"], pa.array(TYPES)), rows, "type", f"is none of {', '.join(TYPES)}")
+    _all(pc.greater(pc.list_value_length(rows["prompt"]), 0), rows, "prompt", "is empty")
+    _all(pc.greater(pc.utf8_length(rows["response"]), 0), rows, "response", "is empty")
+    roles = pc.struct_field(pc.list_flatten(rows["prompt"]), "role")
+    unknown = set(pc.unique(roles).to_pylist()) - set(ROLES)
+    if unknown:
+        raise ValueError(f"column prompt: role {unknown.pop()!r} is none of {', '.join(ROLES)}")
+    reward = rows["reward"].combine_chunks()
+    unlabelled = pc.equal(rows["type"], "unlabelled")
+    _all(pc.equal(pc.is_null(reward), unlabelled), rows, "reward", "must be null for unlabelled rows only")
+    inside = pc.and_(pc.greater_equal(reward, 0), pc.less_equal(reward, 1))  # NaN is inside nothing
+    _all(pc.fill_null(inside, True), rows, "reward", "is not in [0, 1]")
+    _all(
+        pc.equal(pc.is_valid(rows["comparison_id"]), pc.equal(rows["type"], "pairwise")),
+        rows,
+        "comparison_id",
+        "must be set for pairwise rows and for no others",
+    )
+    _all(pc.fill_null(pc.is_finite(rows["raw_reward"]), True), rows, "raw_reward", "is not finite")
+    if scored:
+        _check_reference(rows)
+
+
+def _check_nulls(column: pa.ChunkedArray | pa.Array, field: pa.Field, name: str) -> None:
+    if not field.nullable and column.null_count:
+        where = pc.index(pc.is_null(column), True).as_py()
+        raise ValueError(f"column {name}: null at row {where}, and the schema allows none")
+    if pa.types.is_list(field.type):
+        _check_nulls(pc.list_flatten(column), field.type.value_field, f"{name}[]")
+    elif pa.types.is_struct(field.type):
+        for i in range(field.type.num_fields):
+            child = field.type.field(i)
+            _check_nulls(pc.struct_field(column, child.name), child, f"{name}.{child.name}")
+
+
+def _check_reference(rows: pa.Table) -> None:
+    tokens = pc.list_value_length(rows["response_ids"])
+    _all(pc.greater(pc.list_value_length(rows["prompt_ids"]), 0), rows, "prompt_ids", "is empty")
+    _all(pc.greater(tokens, 0), rows, "response_ids", "is empty")
+    _all(pc.equal(tokens, pc.list_value_length(rows["ref_logps"])), rows, "ref_logps", "has not one entry per token")
+    flat = pc.list_flatten(rows["ref_logps"])
+    owner = pc.list_parent_indices(rows["ref_logps"])
+    bad = pc.index(pc.and_(pc.is_finite(flat), pc.less_equal(flat, 1e-3)), False).as_py()
+    if bad >= 0:
+        raise ValueError(f"column ref_logps: {flat[bad].as_py()} at row {owner[bad].as_py()} is not a log-prob")
+    sums = np.zeros(rows.num_rows)
+    np.add.at(sums, owner.to_numpy(), flat.to_numpy().astype(np.float64))
+    total = rows["ref_logp"].to_numpy()
+    # 1e-5 per nat: ref_logps are float32, ref_logp is float64
+    close = np.abs(total - sums) <= 1e-3 + 1e-5 * np.abs(sums)
+    _all(pa.array(close), rows, "ref_logp", "is not the sum of ref_logps")
+
+
+def _all(holds: pa.Array | pa.ChunkedArray, rows: pa.Table, column: str, complaint: str) -> None:
+    where = pc.index(pc.fill_null(holds, False), False).as_py()
+    if where >= 0:
+        value = str(rows[column][where].as_py())[:80]
+        raise ValueError(f"column {column}: {value!r} at row {where} {complaint}")
+
+
+def check_comparisons(rows: pa.Table) -> None:
+    """Raise `ValueError` unless every comparison has two rows, of one prompt, with rewards p and 1 − p."""
+    pairs = rows.filter(pc.equal(rows["type"], "pairwise")).select(["comparison_id", "prompt_id", "reward"])
+    by = pairs.group_by("comparison_id").aggregate(
+        [("reward", "count"), ("reward", "sum"), ("prompt_id", "count_distinct")]
+    )
+    for wrong, what in [
+        (pc.not_equal(by["reward_count"], 2), "has not two rows"),
+        (pc.not_equal(by["prompt_id_count_distinct"], 1), "has two prompts"),
+        (pc.greater(pc.abs(pc.subtract(by["reward_sum"], 1.0)), 1e-6), "has rewards that are not p and 1 − p"),
+    ]:
+        where = pc.index(wrong, True).as_py()
+        if where >= 0:
+            raise ValueError(f"comparison {by['comparison_id'][where]} {what}")

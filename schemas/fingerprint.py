@@ -1,0 +1,177 @@
+"""What a model is, as hashes: two runs with the same fingerprint give the same log-probs.
+
+The reference stage stores the fingerprint in the manifest and the trainer compares its own with it.
+It reads files only, so it needs neither torch nor transformers.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from schemas.errors import UserError
+from schemas.manifest import sha256
+
+Fingerprint = dict[str, Any]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+)
+TEMPLATE_FILE = "chat_template.jinja"
+_VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+)
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+# these change when a model is merely saved again
+_VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+
+
+def local_model(name: str | Path) -> Path:
+    """The directory of a model: `name` itself, or the hub snapshot of that id, downloaded if need be."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists():
+        raise UserError(f"{name}: a model is a directory with config.json and weights, and this is a file")
+    if not _HUB_ID.fullmatch(str(name)) or str(name).startswith("."):
+        raise UserError(f"{name}: no such directory; give a model's directory, or a hub id such as Qwen/Qwen3-0.6B")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(f"{name}: no such directory (a hub id needs `pip install huggingface_hub`)") from None
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub raises a dozen kinds: offline, gated, unknown, proxy
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise UserError(
+            f"{name}: no such directory, and the hub gave no model of that name ({reason}); "
+            "check the name, `hf auth login` for a gated one, or download it and give its directory"
+        ) from None
+
+
+def fingerprint(model_dir: str | Path, *, dtype: str, engine: str, engine_version: str) -> Fingerprint:
+    """Hashes of the model in `model_dir` and how it is run (`dtype`, `engine`).
+
+    Raises `UserError` when the directory has no weights, no tokenizer or no chat template.
+    """
+    where = Path(model_dir)
+    if not where.is_dir():
+        raise UserError(f"{where}: no such directory")
+    tokenizer = _tokenizer(where)  # first: the cheap checks fail before gigabytes are hashed
+    template = _template(where)
+    return {
+        "weights": _weights(where),
+        "tokenizer": tokenizer,
+        "chat_template": template,
+        "config": _hash_json(_read_json(where / "config.json"), _VOLATILE),
+        "dtype": dtype,
+        "engine": engine,
+        "engine_version": engine_version,
+        "versions": {name: _version(name) for name in ("torch", "transformers", "vllm")},
+    }
+
+
+def differences(reference: Fingerprint, here: Fingerprint) -> list[str]:
+    """What differs between two fingerprints, in words, the likeliest cause of other log-probs first."""
+    found = [
+        f"{words} (sha256 {str(reference[key])[:12]} for the reference, {str(here.get(key))[:12]} here)"
+        for key, words in [
+            ("weights", "the weights"),
+            ("tokenizer", "the tokenizer"),
+            ("chat_template", "the chat template"),
+            ("config", "config.json"),
+        ]
+        if key in reference and reference[key] != here.get(key)
+    ]
+    for key, words in [("dtype", "the dtype"), ("engine", "the engine"), ("engine_version", "the engine's version")]:
+        if key in reference and reference[key] != here.get(key):
+            found.append(f"{words} ({reference[key]} for the reference, {here.get(key)} here)")
+    before, now = reference.get("versions") or {}, here.get("versions") or {}
+    for name in sorted(set(before) & set(now)):
+        if before[name] != now[name] and None not in (before[name], now[name]):
+            found.append(f"{name}'s version ({before[name]} for the reference, {now[name]} here)")
+    return found
+
+
+def _weights(where: Path) -> str:
+    files = sorted(p for p in where.glob("*.safetensors") if not p.name.startswith("adapter_"))
+    files = files or sorted(where.glob("pytorch_model*.bin"))
+    if not files and (where / "adapter_config.json").exists():
+        raise UserError(f"{where}: holds a LoRA adapter only; train with merge_lora: true, or give the base model")
+    if not files:
+        raise UserError(f"{where}: no weights here (*.safetensors or pytorch_model*.bin); give a model's directory")
+    return _hash_files(files + sorted(where.glob(f"*{files[0].suffix}.index.json")))
+
+
+def _tokenizer(where: Path) -> str:
+    if not any((where / name).is_file() for name in _VOCABULARIES) and not list(where.glob("*.tiktoken")):
+        raise UserError(
+            f"{where}: no tokenizer here (tokenizer.json, tokenizer.model or a vocab file); "
+            "save it with `tokenizer.save_pretrained` in this directory"
+        )
+    config = _hash_json(_read_json(where / "tokenizer_config.json"), _VOLATILE | {"chat_template"})
+    others = [where / name for name in TOKENIZER_FILES if name != "tokenizer_config.json" and (where / name).is_file()]
+    files = sorted(others + list(where.glob("*.tiktoken")))
+    return _hash_text(config + _hash_files(files))
+
+
+def _template(where: Path) -> str:
+    """The hash is of the template's text, so it is the same in chat_template.jinja and tokenizer_config.json."""
+    if (where / TEMPLATE_FILE).is_file():
+        return _hash_text((where / TEMPLATE_FILE).read_text("utf-8"))
+    template = _read_json(where / "tokenizer_config.json").get("chat_template")
+    if not template:
+        raise UserError(
+            f"{where}: no chat template here ({TEMPLATE_FILE}, or chat_template in tokenizer_config.json); "
+            f"a base model has none: write one to {where / TEMPLATE_FILE}"
+        )
+    return _hash_text(template) if isinstance(template, str) else _hash_json({"templates": template})
+
+
+def _hash_files(files: list[Path]) -> str:
+    stats = ((path, path.stat()) for path in files)
+    return _hash_text("\n".join(f"{p.name} {_hash_file(str(p), s.st_size, s.st_mtime_ns)}" for p, s in stats))
+
+
+@functools.lru_cache(maxsize=4096)
+def _hash_file(path: str, size: int, mtime: int) -> str:
+    return sha256(path)
+
+
+def _hash_json(value: dict[str, Any], without: set[str] = frozenset()) -> str:  # type: ignore[assignment]
+    return _hash_text(json.dumps({k: v for k, v in value.items() if k not in without}, sort_keys=True))
+
+
+def _hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); download the model again") from None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
