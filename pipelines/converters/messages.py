@@ -1,0 +1,280 @@
+"""Reading a record: fields, numbers, verdicts and conversations; whatever is not as it should be raises `Reject`.
+
+Every function takes the place (`where`, such as `chosen[2].content`) that its complaint should name.
+"""
+
+import json
+import math
+import re
+from typing import Any
+
+from schemas.errors import Reject
+from schemas.feedback import ROLES, Message
+
+# Names that ShareGPT-like files give to the roles.
+_ALIASES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+# A record with one of these is no mere demonstration: somebody judged it, or it holds a worse answer too.
+JUDGED = frozenset(
+    {"label", "labels", "kto_tag", "score", "scores", "reward", "rating", "preference", "winner"}
+    | {"chosen", "rejected", "rejected_response", "rejected_messages"}
+)
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def show(value: Any) -> str:
+    """A value for an error message: its type, and the value itself where it is short and safe to print."""
+    if isinstance(value, list | dict):
+        return f"{type(value).__name__} of {len(value)}"
+    if isinstance(value, int) and value.bit_length() > 128:  # printing a very long integer can raise
+        return f"int of {value.bit_length()} bits"
+    shown = repr(value[:60]) + "…" if isinstance(value, str) and len(value) > 60 else repr(value)
+    return f"{type(value).__name__} {shown}"
+
+
+# --- fields ------------------------------------------------------------------------------------
+
+
+def has(record: dict[str, Any], *names: str) -> bool:
+    """Whether the record has all these keys, whatever their values: a null is rejected later, with its reason."""
+    return all(name in record for name in names)
+
+
+def needed(record: dict[str, Any], name: str, where: str = "") -> Any:
+    """The value of a field that must be there and not null."""
+    value = record.get(name)
+    if value is None:
+        state = "null" if name in record else "absent"
+        raise Reject("missing_field", f"{where}{name} is {state}")
+    return value
+
+
+def text(value: Any, where: str) -> str:
+    """A string, unchanged."""
+    if not isinstance(value, str):
+        raise Reject("wrong_type", f"{where}: expected text, got {show(value)}")
+    return value
+
+
+def number(value: Any, where: str) -> float:
+    """A finite number; a string, as CSV gives it, must be a plain decimal number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise Reject("wrong_type", f"{where}: expected a number, got {show(value)}")
+    if isinstance(value, str) and not value.strip():
+        raise Reject("missing_field", f"{where} is empty")
+    if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
+        raise Reject("invalid_reward", f"{where}: {show(value)} is not a number")
+    try:
+        parsed = float(value)
+    except OverflowError:
+        parsed = math.inf
+    if not math.isfinite(parsed):
+        raise Reject("invalid_reward", f"{where}: {show(value)} is not finite")
+    return parsed
+
+
+def scaled(value: Any, where: str, low: float, high: float) -> tuple[float, float]:
+    """The number as given, and its place in [0, 1] on a scale from `low` to `high`."""
+    raw = number(value, where)
+    if not low <= raw <= high:
+        raise Reject("reward_out_of_range", f"{where}: {show(value)} is not in [{low:g}, {high:g}]")
+    return raw, (raw - low) / (high - low)
+
+
+def verdict(value: Any, where: str) -> bool:
+    """A yes or no: true, false, 1 or 0, or these as text (CSV has no booleans); nothing else is cast."""
+    if isinstance(value, list | dict):
+        raise Reject("wrong_type", f"{where}: expected true or false, got {show(value)}")
+    if isinstance(value, str):
+        if not value.strip():
+            raise Reject("missing_field", f"{where} is empty")
+        value = _VERDICTS.get(value.strip().lower(), value)
+    if value not in (0, 1):  # True == 1 and 1.0 == 1
+        raise Reject("invalid_label", f"{where}: expected true, false, 1 or 0, got {show(value)}")
+    return bool(value)
+
+
+def as_json(value: Any, where: str) -> str:
+    """A value as JSON text; a string is JSON already and stays as it is."""
+    if isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (ValueError, RecursionError):
+        raise Reject("wrong_type", f"{where}: {show(value)} cannot be written as JSON") from None
+
+
+def facts(record: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The fields among `names` that hold a plain value, for a row's metadata."""
+    found = {name: record.get(name) for name in names}
+    return {name: value for name, value in found.items() if _plain(value)}
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, int):
+        return value.bit_length() <= 64
+    return isinstance(value, float) or (isinstance(value, str) and value.strip() != "")
+
+
+def kept(record: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of a trainer's file: its ids, and the tools the model could call, as JSON text."""
+    tools = record.get("tools")
+    held = {"tools": as_json(tools, "tools")} if tools and tools != "[]" else {}
+    return facts(record, "id", "prompt_id", "source") | held
+
+
+def refuse_media(record: dict[str, Any]) -> None:
+    """Reject a record with images, videos or audio beside its text."""
+    for name in ("image", "images", "videos", "audios"):
+        if record.get(name):
+            raise Reject("unsupported_content", f"{name} holds {show(record[name])}; only text can be read")
+
+
+# --- conversations -----------------------------------------------------------------------------
+
+
+def messages(value: Any, where: str) -> list[Message]:
+    """A list of turns with `role` and `content`, or `from` and `value`.
+
+    Kept: the role, the text and the tool calls; a tool's name and a turn's thinking are not.
+    """
+    if not isinstance(value, list):
+        raise Reject("wrong_type", f"{where}: expected a list of messages, got {show(value)}")
+    return [_message(m, f"{where}[{i}]") for i, m in enumerate(value)]
+
+
+def _message(value: Any, where: str) -> Message:
+    if not isinstance(value, dict):
+        raise Reject("wrong_type", f"{where}: expected a message, got {show(value)}")
+    given = text(needed(value, "from" if _is_sharegpt(value) else "role", f"{where}."), f"{where}.role")
+    role = _ALIASES.get(given, given)
+    if role not in ROLES:
+        raise Reject("unknown_role", f"{where}: role {show(given)} is none of {', '.join((*ROLES, *_ALIASES))}")
+    calls = _tool_calls(value.get("tool_calls"), f"{where}.tool_calls")
+    content = "" if calls and value.get("content") is None else _content(value, where)
+    if given == "function_call" and (spelt := _spelt_calls(content)):
+        calls, content = spelt, ""
+    made = Message(role=role, content=content)
+    if calls:
+        made["tool_calls"] = calls
+    return made
+
+
+def _is_sharegpt(message: dict[str, Any]) -> bool:
+    return "from" in message and "role" not in message
+
+
+def _content(message: dict[str, Any], where: str) -> str:
+    """The text of a turn; a list of text parts is joined."""
+    key = "value" if _is_sharegpt(message) else "content"
+    value = needed(message, key, f"{where}.")
+    if isinstance(value, list):
+        return "".join(_part(p, f"{where}.{key}[{i}]") for i, p in enumerate(value))
+    return text(value, f"{where}.{key}")
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, dict):
+        if part.get("type", "text") != "text":
+            raise Reject("unsupported_content", f"{where}: a part of type {show(part['type'])} is not text")
+        part = needed(part, "value" if "value" in part and "text" not in part else "text", f"{where}.")
+    return text(part, where)
+
+
+def _tool_calls(value: Any, where: str) -> str | None:
+    """The tool calls of a turn as JSON text; None for no calls."""
+    if not value:
+        return None
+    calls = _parsed(value) if isinstance(value, str) else value
+    if not isinstance(calls, list):
+        raise Reject("wrong_type", f"{where}: expected a list of calls, got {show(value)}")
+    written = as_json(calls, where)
+    return value if isinstance(value, str) else written
+
+
+def _spelt_calls(content: str) -> str | None:
+    """The tool calls that a `function_call` turn spells out, `{"name", "arguments"}` each; None if it does not."""
+    value = _parsed(content)
+    calls = value if isinstance(value, list) else [value]
+    if not calls or not all(isinstance(c, dict) and isinstance(c.get("name"), str) for c in calls):
+        return None
+    return as_json([{"type": "function", "function": c} for c in calls], "function_call")
+
+
+def _parsed(said: str) -> Any:
+    """What a text says as JSON; None if it is none."""
+    try:
+        return json.loads(said)
+    except (ValueError, RecursionError):
+        return None
+
+
+def conversation(value: Any, where: str) -> list[Message]:
+    """A prompt: a text, which is one user turn, or a list of messages."""
+    if isinstance(value, str):
+        return [Message(role="user", content=value)]
+    return messages(value, where)
+
+
+def side(value: Any, where: str) -> list[Message]:
+    """One side of a comparison, or a completion: a text, one message, or messages that may begin with the prompt."""
+    if isinstance(value, str):
+        return [Message(role="assistant", content=value)]
+    return answered([value] if isinstance(value, dict) else value, where)
+
+
+def answered(value: Any, where: str) -> list[Message]:
+    """Messages of which the last is a response; if that is a `function_call`, its text is the response."""
+    turns = messages(value, where)
+    if turns and turns[-1]["role"] == "assistant":
+        turns[-1] = Message(role="assistant", content=_response(value[-1], f"{where}[{len(value) - 1}]"))
+    return turns
+
+
+def _response(message: dict[str, Any], where: str) -> str:
+    """The text of a response; one that is more than text must not be cut down in silence."""
+    for key in ("tool_calls", "thinking", "reasoning_content"):
+        if message.get(key):
+            raise Reject("unsupported_content", f"{where}: the response has {key}; only its text could be kept")
+    return _content(message, where)
+
+
+def with_system(record: dict[str, Any], turns: list[Message]) -> list[Message]:
+    """The turns with the `system` column, if it has text, before them; a system turn of their own wins."""
+    system = record.get("system")
+    if system is None or text(system, "system").strip() == "" or (turns and turns[0]["role"] == "system"):
+        return turns
+    return [Message(role="system", content=system), *turns]
+
+
+def answer(prompt: list[Message], turns: list[Message], where: str) -> tuple[list[Message], str]:
+    """The prompt and the response: the last of `turns`, which must be the assistant's.
+
+    The turns before it repeat the prompt or go on from it (a tool call and its result, say).
+    """
+    if not turns or turns[-1]["role"] != "assistant":
+        ends = f"ends in a turn of role {turns[-1]['role']}" if turns else "has no turns"
+        raise Reject("wrong_shape", f"{where} {ends}; its last turn must be the assistant's")
+    return _joined(prompt, turns[:-1], where), turns[-1]["content"]
+
+
+def pair(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], str, str]:
+    """Prompt, chosen and rejected response; both sides must hold the same turns up to their last."""
+    of_chosen, first = answer(prompt, chosen, "chosen")
+    of_rejected, second = answer(prompt, rejected, "rejected")
+    if of_chosen != of_rejected:
+        turn = next((i for i, (a, b) in enumerate(zip(of_chosen, of_rejected, strict=False)) if a != b), None)
+        at = f"at turn {turn}" if turn is not None else f"in length: {len(of_chosen)} and {len(of_rejected)} turns"
+        raise Reject("histories_differ", f"the conversations before the last turn differ {at}")
+    return of_chosen, first, second
+
+
+def _joined(prompt: list[Message], history: list[Message], where: str) -> list[Message]:
+    if history[: len(prompt)] == prompt:
+        return history
+    if not history or history[0]["role"] in ("assistant", "tool") or all(m["role"] != "user" for m in prompt):
+        return prompt + history
+    asked = [m["content"].strip() for m in history if m["role"] == "user"]
+    if len(prompt) == 1 and prompt[0]["content"].strip() in asked:  # a system turn stands before it, say
+        return history
+    raise Reject("histories_differ", f"{where} holds a conversation of which `prompt` is no part")

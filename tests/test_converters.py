@@ -1,0 +1,477 @@
+"""Converters: golden rows of hand-written records, a table of rejections, properties, and counts of real files.
+
+tests/data/converters holds, for every format, records (`<format>.jsonl`) and the rows expected of each
+(`<format>.rows.json`; an expected `LeftOut` is an object with `part`).
+"""
+
+import gzip
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.converters import CONVERTERS, LeftOut, Policy, detect, nearest
+from schemas import feedback
+from schemas.errors import REASONS, Reject, UsageError
+
+FIXTURES = Path(__file__).parent / "data" / "converters"
+
+
+def _records(name):
+    return [json.loads(line) for line in (FIXTURES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _expected(name):
+    return json.loads((FIXTURES / f"{name}.rows.json").read_text(encoding="utf-8"))
+
+
+CASES = [(name, i, record) for name in CONVERTERS for i, record in enumerate(_records(name))]
+each_record = pytest.mark.parametrize(("name", "i", "record"), CASES, ids=[f"{name}-{i}" for name, i, _ in CASES])
+
+
+def _convert(name, record, **policy):
+    return CONVERTERS[name].convert(record, "a-source", Policy(**policy))
+
+
+def _reason(name, record, **policy):
+    with pytest.raises(Reject) as rejected:
+        _convert(name, record, **policy)
+    return rejected.value.reason
+
+
+def _rows(made):
+    return [m for m in made if not isinstance(m, LeftOut)]
+
+
+# --- golden rows -------------------------------------------------------------------------------
+
+
+def _shown(made):
+    """A row or LeftOut as it is written in the .rows.json files."""
+    if isinstance(made, LeftOut):
+        return vars(made)
+    metadata = json.loads(made["metadata"]) if made["metadata"] else None
+    keys = ("prompt", "response", "reward", "type", "raw_reward", "labeller")
+    return {key: made[key] for key in keys} | {"metadata": metadata}
+
+
+@each_record
+def test_golden(name, i, record):
+    expected = _expected(name)[i]
+    for row in expected:
+        if "reward" in row:
+            row["reward"] = float(np.float32(row["reward"]))  # as the column stores it
+    assert [_shown(made) for made in _convert(name, record)] == expected
+
+
+@each_record
+def test_rows_pass_the_schema(name, i, record):
+    rows = _rows(_convert(name, record))
+    table = feedback.table(rows)
+    feedback.check(table)
+    feedback.check_comparisons(table)
+    assert {row["source"] for row in rows} == {"a-source"}
+    assert {row["type"] for row in rows} == {CONVERTERS[name].feedback}
+
+
+# --- detection ---------------------------------------------------------------------------------
+
+
+@each_record
+def test_detected_as_its_own_format(name, i, record):
+    assert detect([record], CONVERTERS) == {name: 1}
+    changed = dict(reversed(record.items())) | {"comment": "an extra column", "split": None}
+    assert detect([changed], CONVERTERS) == {name: 1}
+    assert _rows(_convert(name, changed)) == _rows(_convert(name, record))
+
+
+@pytest.mark.parametrize("name", CONVERTERS)
+def test_null_in_a_required_field_is_still_its_format(name):
+    record = _records(name)[0]
+    assert set(CONVERTERS[name].required) <= record.keys()
+    for field in CONVERTERS[name].required:
+        broken = record | {field: None}
+        assert detect([broken], CONVERTERS) == {name: 1}
+        assert _reason(name, broken) == "missing_field"
+
+
+@pytest.mark.parametrize("name", CONVERTERS)
+def test_described_for_people(name):
+    converter = CONVERTERS[name]
+    assert converter.name == name
+    assert converter.labels
+    described = " ".join(converter.fields)
+    assert all(field in described or field == "chosen-rating" for field in converter.required)
+
+
+UNREADABLE = {
+    "judged demonstration": {"prompt": "a", "completion": "b", "score": 0.1},
+    "judged alpaca": {"instruction": "a", "output": "b", "rating": 1},
+    "ms-swift": {"messages": [], "rejected_response": "x"},
+    "axolotl intel: the prompt is in question": {"system": "s", "question": "q", "chosen": "a", "rejected": "b"},
+    "stepwise supervision": {"prompt": "a", "completions": ["b"], "labels": [True]},
+    "language modelling": {"text": "a"},
+    "empty": {},
+}
+
+
+@pytest.mark.parametrize("record", UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_not_taken_for_a_format_that_would_lose_its_feedback(record):
+    assert detect([record], CONVERTERS) == {"": 1}
+    assert len(nearest(record, CONVERTERS)) == 3
+
+
+# --- rejections --------------------------------------------------------------------------------
+
+_U, _A = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+_B = {"role": "assistant", "content": "B"}
+_IMAGE = [{"type": "image", "url": "x"}]
+_CALL = {"role": "assistant", "content": "A", "tool_calls": [{"name": "f"}]}
+_TRANSCRIPT = "\n\nHuman: Q\n\nAssistant: A"
+_HELP = dict.fromkeys(("helpfulness", "correctness", "coherence", "complexity", "verbosity"), 2)
+_ULTRA = {"response": "A", "fine-grained_score": 4, "overall_score": 7}
+_TEN = {"response": "A", "overall_score": 10}
+_DEEP = json.loads("[" * 900 + "]" * 900)
+
+
+def _preferred(chosen, rejected, **more):
+    return {"chosen": chosen, "rejected": rejected} | more
+
+
+REJECTED = [
+    ("trl_preference", {"prompt": "Q", "chosen": "A"}, "missing_field"),
+    ("trl_preference", _preferred("A", "B", prompt=None), "missing_field"),
+    ("trl_preference", _preferred("A", "B", prompt=3), "wrong_type"),
+    ("trl_preference", _preferred(True, "B", prompt="Q"), "wrong_type"),
+    ("trl_preference", _preferred("A", "B", prompt=" \n"), "empty_prompt"),
+    ("trl_preference", _preferred("A", "B", prompt=[]), "empty_prompt"),
+    ("trl_preference", _preferred("A", " ", prompt="Q"), "empty_response"),
+    ("trl_preference", _preferred("A", "A", prompt="Q"), "identical_responses"),
+    ("trl_preference", _preferred("A", "\ud800", prompt="Q"), "invalid_unicode"),
+    ("trl_preference", _preferred("A", "B", prompt="\udfff"), "invalid_unicode"),
+    ("trl_preference", _preferred("A", "B", prompt="Q", images=["x.png"]), "unsupported_content"),
+    ("trl_preference", _preferred("Blue", "Black"), "histories_differ"),
+    ("trl_preference", _preferred(" Yes", " No"), "histories_differ"),
+    ("trl_preference", _preferred("Yes I do", "Yes I do"), "identical_responses"),
+    ("trl_preference", _preferred("Yes I do", [_A]), "wrong_type"),
+    ("trl_preference", _preferred([_A], [_B]), "empty_prompt"),
+    ("trl_preference", _preferred([_U, _A], [_U, _A]), "identical_responses"),
+    ("trl_preference", _preferred([_U, _A], [_U, _A, _U, _B]), "histories_differ"),
+    ("trl_preference", _preferred([_U, _A], [_A | {"role": "user"}, _B]), "histories_differ"),
+    ("trl_preference", _preferred([_U, _A], [_U, _B], prompt="another"), "histories_differ"),
+    ("trl_preference", _preferred([_U, _A], [_U, _U], prompt="Q"), "wrong_shape"),
+    ("trl_preference", _preferred([], [_U, _B], prompt="Q"), "wrong_shape"),
+    ("trl_preference", _preferred([_U, "A"], [_U, _B]), "wrong_type"),
+    ("trl_preference", _preferred([_U, _A | {"role": "narrator"}], [_U, _B]), "unknown_role"),
+    ("trl_preference", _preferred([_U, _A | {"role": ["user"]}], [_U, _B]), "wrong_type"),
+    ("trl_preference", _preferred([_U, {"content": "A"}], [_U, _B]), "missing_field"),
+    ("trl_preference", _preferred([_U, _A | {"content": None}], [_U, _B]), "missing_field"),
+    ("trl_preference", _preferred([_U, _A | {"content": _IMAGE}], [_U, _B]), "unsupported_content"),
+    ("trl_preference", _preferred([_U, _A | {"content": [{"type": "text"}]}], [_U, _B]), "missing_field"),
+    ("trl_preference", _preferred([_U, _CALL], [_U, _B]), "unsupported_content"),
+    ("trl_preference", _preferred([_U, _A | {"thinking": "Hm."}], [_U, _B]), "unsupported_content"),
+    ("trl_preference", _preferred([_CALL | {"tool_calls": 3}, _A], [_CALL, _B]), "wrong_type"),
+    ("trl_preference", _preferred([_CALL | {"tool_calls": "3"}, _A], [_CALL, _B]), "wrong_type"),
+    ("trl_preference", _preferred([_CALL | {"tool_calls": "[NaN]"}, _A], [_CALL, _B]), "wrong_type"),
+    ("trl_preference", _preferred([_CALL | {"tool_calls": [float("nan")]}, _A], [_CALL, _B]), "wrong_type"),
+    ("trl_preference", _preferred([_CALL | {"tool_calls": [10**5000]}, _A], [_CALL, _B]), "wrong_type"),
+    ("trl_preference", _preferred([_CALL | {"tool_calls": {"a": 1}}, _A], [_CALL, _B]), "wrong_type"),
+    ("trl_preference", _preferred(_DEEP, _DEEP, prompt="Q"), "wrong_type"),
+    ("trl_unpaired", {"prompt": "Q", "completion": "A", "label": 0.3}, "invalid_label"),
+    ("trl_unpaired", {"prompt": "Q", "completion": "A", "label": -1}, "invalid_label"),
+    ("trl_unpaired", {"prompt": "Q", "completion": "A", "label": 10**5000}, "invalid_label"),
+    ("trl_unpaired", {"prompt": "Q", "completion": "A", "label": "yes"}, "invalid_label"),
+    ("trl_unpaired", {"prompt": "Q", "completion": "A", "label": float("nan")}, "invalid_label"),
+    ("trl_unpaired", {"prompt": "Q", "completion": "A", "label": ""}, "missing_field"),
+    ("trl_unpaired", {"prompt": "Q", "completion": "A", "label": [True]}, "wrong_type"),
+    ("trl_unpaired", {"prompt": "Q", "completion": [_U], "label": True}, "wrong_shape"),
+    ("trl_prompt_completion", {"prompt": "Q", "completion": ""}, "empty_response"),
+    ("trl_messages", {"messages": [_U]}, "wrong_shape"),
+    ("trl_messages", {"messages": [_U, _A, _U]}, "wrong_shape"),
+    ("trl_messages", {"messages": []}, "wrong_shape"),
+    ("trl_messages", {"messages": "Q"}, "wrong_type"),
+    ("sharegpt_preference", _preferred(_A, _B, conversations=[]), "empty_prompt"),
+    ("sharegpt_preference", _preferred(_A, _B, conversations={}), "wrong_type"),
+    ("sharegpt_preference", _preferred(_A, _U, conversations=[_U]), "wrong_shape"),
+    ("sharegpt_preference", _preferred(_A, _A, conversations=[_U]), "identical_responses"),
+    ("sharegpt_preference", _preferred(_A, _B, conversations=[{"from": "ghost", "value": ""}]), "unknown_role"),
+    ("sharegpt_preference", _preferred(_A, _B, conversations=[_U], system=3), "wrong_type"),
+    ("sharegpt_kto", {"messages": [_U, _A], "label": 2}, "invalid_label"),
+    ("sharegpt_kto", {"messages": [_U], "label": True}, "wrong_shape"),
+    ("sharegpt", {"conversations": [{"from": "human", "value": None}]}, "missing_field"),
+    ("alpaca", {"instruction": "Q", "output": 5}, "wrong_type"),
+    ("alpaca", {"instruction": "", "input": "", "output": "A"}, "empty_prompt"),
+    ("alpaca", {"instruction": "Q", "output": "A", "history": [["a", "b", "c"]]}, "wrong_type"),
+    ("alpaca", {"instruction": "Q", "output": "A", "history": "a"}, "wrong_type"),
+    ("alpaca", {"instruction": "Q", "output": "A", "history": [["a", 1]]}, "wrong_type"),
+    ("alpaca_preference", {"instruction": "Q", "chosen": "A", "rejected": "A"}, "identical_responses"),
+    ("alpaca_preference", {"instruction": "Q", "chosen": ["A", "B"], "rejected": "A"}, "wrong_type"),
+    ("alpaca_kto", {"instruction": "Q", "output": "A", "kto_tag": "maybe"}, "invalid_label"),
+    ("hh_rlhf", _preferred(_TRANSCRIPT, "\n\nHuman: Q2\n\nAssistant: B"), "histories_differ"),
+    ("hh_rlhf", _preferred(_TRANSCRIPT, "\n\nHuman: Q\n\nAssistant: "), "empty_response"),
+    ("hh_rlhf", _preferred(_TRANSCRIPT, _TRANSCRIPT + "\n\nHuman: And?"), "wrong_shape"),
+    ("hh_rlhf", _preferred(_TRANSCRIPT, "Well" + _TRANSCRIPT), "wrong_shape"),
+    ("hh_rlhf", _preferred(_TRANSCRIPT, "B"), "wrong_shape"),
+    ("hh_rlhf", _preferred("\n\nAssistant: A", "\n\nAssistant: B"), "empty_prompt"),
+    ("hh_rlhf", _preferred(_TRANSCRIPT, _TRANSCRIPT), "identical_responses"),
+    ("ultrafeedback", {"instruction": "Q", "completions": []}, "missing_field"),
+    ("ultrafeedback", {"instruction": "Q", "completions": "A"}, "wrong_type"),
+    ("ultrafeedback", {"instruction": "Q", "completions": ["A"]}, "wrong_type"),
+    ("ultrafeedback", {"instruction": "Q", "completions": [{"response": "A"}]}, "missing_field"),
+    ("ultrafeedback", {"instruction": " ", "completions": [_ULTRA]}, "empty_prompt"),
+    ("ultrafeedback", {"instruction": "Q", "completions": [_ULTRA | {"fine-grained_score": 6}]}, "reward_out_of_range"),
+    ("ultrafeedback", {"instruction": "Q", "completions": [_ULTRA | {"fine-grained_score": "N/A"}]}, "invalid_reward"),
+    ("ultrafeedback", {"instruction": "Q", "completions": [_ULTRA | {"fine-grained_score": True}]}, "wrong_type"),
+    ("ultrafeedback", {"instruction": "Q", "completions": [_ULTRA | {"fine-grained_score": "nan"}]}, "invalid_reward"),
+    ("ultrafeedback_binarized", _preferred("A", "B", prompt="Q", score_chosen=1, score_rejected=2), "invalid_label"),
+    ("ultrafeedback_binarized", _preferred("A", "B", prompt="Q", score_chosen=2.0, score_rejected="2"), "tie"),
+    (
+        "ultrafeedback_binarized",
+        _preferred("A", "A", prompt="Q", score_chosen=3, score_rejected=2),
+        "identical_responses",
+    ),
+    ("ultrafeedback_binarized", _preferred("A", "B", prompt="Q", score_chosen="", score_rejected=2), "missing_field"),
+    ("helpsteer", _HELP | {"prompt": "Q", "response": "A", "coherence": 5}, "reward_out_of_range"),
+    ("helpsteer", _HELP | {"prompt": "Q", "response": "A", "verbosity": -100}, "reward_out_of_range"),
+    ("helpsteer", _HELP | {"prompt": "Q", "response": "A", "complexity": 2.5}, "invalid_label"),
+    ("helpsteer", _HELP | {"prompt": "Q", "response": "A", "complexity": "two"}, "invalid_reward"),
+    ("helpsteer", _HELP | {"prompt": "Q", "response": "A", "complexity": 10**400}, "invalid_reward"),
+    ("helpsteer", _HELP | {"prompt": "\n<extra_id_1>Assistant\n", "response": "A"}, "empty_prompt"),
+]
+
+
+@pytest.mark.parametrize(("name", "record", "reason"), REJECTED)
+def test_rejected(name, record, reason):
+    with pytest.raises(Reject) as rejected:
+        _convert(name, record)
+    assert rejected.value.reason == reason
+    assert rejected.value.detail
+    assert len(rejected.value.detail) < 400
+
+
+def test_a_complaint_says_where_and_what():
+    with pytest.raises(Reject) as rejected:
+        _convert("trl_messages", {"messages": [_U, {"role": "assistant", "content": 5}]})
+    assert rejected.value.detail == "messages[1].content: expected text, got int 5"
+
+
+# --- policies ----------------------------------------------------------------------------------
+
+
+def test_ultrafeedback_overall_score_maps_one_to_ten():
+    rows = _convert("ultrafeedback", {"instruction": "Q", "completions": [_ULTRA]}, ultrafeedback_score="overall_score")
+    assert rows[0]["reward"] == float(np.float32(6 / 9))
+    assert rows[0]["raw_reward"] == 7
+
+
+@pytest.mark.parametrize(
+    ("fine", "expected"), [(1, 0.0), (2, 0.0), (2.5, "invalid_label"), (4, "invalid_label"), (4.5, 1.0)]
+)
+def test_ultrafeedback_ten_that_may_be_a_misread_one(fine, expected):
+    record = {"instruction": "Q", "completions": [_ULTRA, _TEN | {"fine-grained_score": fine}]}
+    _, made = _convert("ultrafeedback", record, ultrafeedback_score="overall_score")
+    if isinstance(made, LeftOut):
+        assert (made.part, made.reason) == ("completions[1]", expected)
+    else:
+        assert (made["reward"], made["raw_reward"]) == (expected, 10)
+
+
+def test_kept_tie_has_two_halves_and_ids_free_of_order():
+    tie = _preferred("A", "B", prompt="Q", score_chosen=4, score_rejected=4)
+    swapped = tie | {"chosen": "B", "rejected": "A"}
+    rows, others = (_convert("ultrafeedback_binarized", r, ties="half") for r in (tie, swapped))
+    assert [row["reward"] for row in rows] == [0.5, 0.5]
+    assert {r["id"] for r in rows} == {r["id"] for r in others}
+    assert {r["comparison_id"] for r in rows} == {r["comparison_id"] for r in others}
+
+
+def test_helpsteer_weights_below_zero_keep_the_reward_in_range():
+    def reward(verbosity, helpfulness):
+        record = _HELP | {"prompt": "Q", "response": "A", "verbosity": verbosity, "helpfulness": helpfulness}
+        (row,) = _convert("helpsteer", record, helpsteer_weights={"helpfulness": 1.0, "verbosity": -0.5})
+        return row["reward"], row["raw_reward"]
+
+    assert reward(4, 0) == (0.0, -2.0)
+    assert reward(0, 4) == (1.0, 4.0)
+    assert reward(4, 4) == (float(np.float32(4 / 6)), 2.0)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [{"ties": "keep"}, {"ultrafeedback_score": "overall"}, {"helpsteer_weights": {"kindness": 1.0}}]
+    + [{"helpsteer_weights": weights} for weights in ({}, {"coherence": 0.0}, {"coherence": float("inf")})],
+)
+def test_a_policy_that_means_nothing_is_refused(policy):
+    with pytest.raises(UsageError, match=next(iter(policy))):
+        Policy(**policy)
+
+
+# --- prompts -----------------------------------------------------------------------------------
+
+
+def test_a_side_may_go_on_from_the_prompt():
+    call = {"role": "assistant", "content": "", "tool_calls": "[]"}
+    shown = {"role": "tool", "content": "on"}
+    rows = _convert("trl_preference", _preferred([call, shown, _A], [call, shown, _B], prompt=[_U]))
+    assert [turn["role"] for turn in rows[0]["prompt"]] == ["user", "assistant", "tool"]
+
+
+def test_a_prompt_may_end_in_a_tool_call():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    shown = {"role": "tool", "content": "on"}
+    rows = _convert("trl_preference", _preferred([shown, _A], [shown, _B], prompt=[_U, call]))
+    assert rows[0]["prompt"] == [_U, call | {"content": "", "tool_calls": '[{"name":"f"}]'}, shown]
+
+
+def test_a_prompt_text_may_follow_a_system_turn_of_the_conversation():
+    system = {"role": "system", "content": "S"}
+    rows = _convert("trl_preference", _preferred([system, _U, _A], [system, _U, _B], prompt="Q "))
+    assert rows[0]["prompt"] == [system, _U]
+
+
+def test_system_column_is_not_lost():
+    rows = _convert("trl_preference", _preferred("A", "B", prompt="Q", system="S"))
+    assert [turn["content"] for turn in rows[0]["prompt"]] == ["S", "Q"]
+
+
+def test_a_function_call_that_is_not_json_stays_text():
+    said = [("human", "Q"), ("function_call", "add 2 2"), ("observation", "4"), ("gpt", "A")]
+    rows = _convert("sharegpt", {"conversations": [{"from": who, "value": what} for who, what in said]})
+    assert rows[0]["prompt"][1] == {"role": "assistant", "content": "add 2 2"}
+
+
+# --- properties --------------------------------------------------------------------------------
+
+_texts = st.text(alphabet=st.characters(codec=None), max_size=8)
+_scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.just(10**4000),
+    st.floats(),
+    _texts,
+    st.sampled_from(["\ud800", "\x00", "1e999", "true", _TRANSCRIPT, "human", "role", "text"]),
+)
+_keys = st.sampled_from(["role", "content", "from", "value", "type", "text", "tool_calls", "response", "Rating"])
+_json = st.recursive(
+    _scalars | st.just(_DEEP), lambda kids: st.lists(kids, max_size=3) | st.dictionaries(_keys, kids, max_size=3)
+)
+
+
+def _changed(value, data):
+    """The value with something inside it replaced, dropped or doubled."""
+    how = data.draw(st.sampled_from(["replace", "deeper", "deeper", "deeper", "drop"]))
+    if how == "replace" or not isinstance(value, list | dict) or not value:
+        return data.draw(_json)
+    key = data.draw(st.sampled_from(sorted(value) if isinstance(value, dict) else range(len(value))))
+    copy = value.copy()
+    if how == "drop":
+        del copy[key]
+    else:
+        copy[key] = _changed(value[key], data)
+    return copy
+
+
+def _outcome(name, record, policy):
+    try:
+        return CONVERTERS[name].convert(record, "a-source", policy), None
+    except Reject as rejected:
+        return [], rejected
+
+
+@settings(max_examples=600, deadline=None)
+@given(data=st.data())
+def test_only_reject_escapes_and_rows_pass_the_schema(data):
+    name, _, record = data.draw(st.sampled_from(CASES))
+    for _ in range(data.draw(st.integers(1, 3))):
+        key = data.draw(st.sampled_from(sorted(record) or ["prompt"]))
+        record = record | {key: _changed(record.get(key), data)}
+    detect([record], CONVERTERS)
+    ties, judged = data.draw(st.sampled_from(["drop", "half"])), data.draw(st.booleans())
+    policy = Policy(ties=ties, ultrafeedback_score="overall_score" if judged else "fine-grained_score")
+    made, rejected = _outcome(name, record, policy)
+    if rejected is not None:
+        assert rejected.reason in REASONS
+        assert rejected.detail.encode()
+        return
+    table = feedback.table(_rows(made))
+    assert table.num_rows
+    feedback.check(table)
+    feedback.check_comparisons(table)
+
+
+_said = st.text(min_size=1).filter(lambda text: text.strip())
+
+
+@given(first=_said, second=_said)
+def test_response_text_is_unchanged(first, second):
+    if first == second:
+        return
+    made = [
+        _convert("trl_preference", _preferred(first, second, prompt="Q")),
+        _convert("trl_preference", _preferred([_U, _A | {"content": first}], [_U, _A | {"content": second}])),
+        _convert("alpaca_preference", _preferred(first, second, instruction="Q")),
+    ]
+    if "\n\nHuman:" not in first + second and "\n\nAssistant:" not in first + second:
+        said = (f"\n\nHuman: Q\n\nAssistant: {side}" for side in (first, second))
+        made.append(_convert("hh_rlhf", _preferred(*said)))
+    for rows in made:
+        assert [row["response"] for row in rows] == [first, second]
+
+
+@given(shared=st.text(), first=st.text(), second=st.text())
+def test_an_implicit_prompt_loses_nothing_and_cuts_no_word(shared, first, second):
+    chosen, rejected = shared + first, shared + second
+    try:
+        better, worse = CONVERTERS["trl_preference"].convert(_preferred(chosen, rejected), "a-source", Policy())
+    except Reject:
+        return
+    prompt = better["prompt"][0]["content"]
+    assert prompt + better["response"] == chosen
+    assert prompt + worse["response"] == rejected
+    assert better["response"][0].isspace()
+
+
+# --- real files --------------------------------------------------------------------------------
+
+
+def _real(path):
+    root = os.environ.get("UNA_REAL_DATA")
+    if not root:
+        pytest.skip("UNA_REAL_DATA is not set: no real files to read")
+    raw = (Path(root) / path).read_bytes()
+    text = (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8")
+    return json.loads(text) if path.endswith(".json") else [json.loads(line) for line in text.splitlines()]
+
+
+REAL = [
+    ("llama_factory/dpo_en_demo.json", "sharegpt_preference", 600, {}),
+    ("llama_factory/kto_en_demo.json", "sharegpt_kto", 300, {}),
+    ("llama_factory/alpaca_en_demo.json", "alpaca", 999, {}),
+    ("llama_factory/glaive_toolcall_en_demo.json", "sharegpt", 300, {}),
+    ("hh_rlhf_harmless/harmless-base.test.head1000.jsonl", "hh_rlhf", 1994, {"empty_response": 3}),
+]
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(("path", "name", "n", "reasons"), REAL, ids=[r[1] for r in REAL])
+def test_real_file(path, name, n, reasons):
+    records = _real(path)
+    assert detect(records, CONVERTERS) == {name: len(records)}
+    rows, rejected = [], Counter()
+    for record in records:
+        try:
+            rows += _convert(name, record)
+        except Reject as error:
+            rejected[error.reason] += 1
+    assert (len(rows), rejected) == (n, reasons)
+    table = feedback.table({row["id"]: row for row in rows}.values())  # some records are there twice
+    feedback.check(table)
+    feedback.check_comparisons(table)
+    if CONVERTERS[name].feedback != "demonstration":
+        assert Counter(row["reward"] for row in rows) == {1.0: n // 2, 0.0: n // 2}
