@@ -1,0 +1,98 @@
+"""How Beam is run: options, runner, the Arrow coder, and errors that people can read."""
+
+import logging
+import re
+from collections.abc import Callable
+
+import apache_beam as beam
+import pyarrow as pa
+from apache_beam.options.pipeline_options import (
+    DirectOptions,
+    PipelineOptions,
+    StandardOptions,
+    _BeamArgumentParser,
+)
+
+from schemas.errors import UsageError, UserError
+
+_LOCAL = "FnApiRunner"  # plain DirectRunner would try to download Prism, and then ignores direct_* options
+
+
+class ArrowCoder(beam.coders.Coder):
+    """Arrow tables as IPC streams: the default coder pickles a slice together with the whole table behind it."""
+
+    def encode(self, value: pa.Table) -> bytes:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, value.schema) as writer:
+            writer.write_table(value)
+        return sink.getvalue().to_pybytes()
+
+    def decode(self, encoded: bytes) -> pa.Table:
+        return pa.ipc.open_stream(encoded).read_all()
+
+    def is_deterministic(self) -> bool:
+        return True
+
+    def to_type_hint(self) -> type:
+        return pa.Table
+
+
+beam.coders.registry.register_coder(pa.Table, ArrowCoder)
+
+
+def split_flags(argv: list[str], ours: set[str]) -> tuple[list[str], list[str]]:
+    """Take the options that Beam knows and una does not, with their values, out of a command line."""
+    known = _parser()._option_string_actions
+    flags, rest, i = [], [], 0
+    while i < len(argv):
+        name, equals, _ = argv[i].partition("=")
+        takes = 1
+        if name in known and name not in ours:
+            takes += 0 if equals or known[name].nargs == 0 else 1
+            flags += argv[i : i + takes]
+        else:
+            rest.append(argv[i])
+        i += takes
+    return flags, rest
+
+
+def _parser() -> _BeamArgumentParser:
+    parser = _BeamArgumentParser(allow_abbrev=False)
+    for cls in {str(c): c for c in PipelineOptions.__subclasses__()}.values():
+        cls._add_argparse_args(parser)
+    return parser
+
+
+def run(build: Callable[[beam.Pipeline], object], flags: list[str]) -> None:
+    """Build a pipeline and run it with Beam's `flags`; what a worker raised as `UserError` is raised here as one."""
+    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    chosen = PipelineOptions(flags)
+    runner = chosen.view_as(StandardOptions).runner or _LOCAL
+    if "dask" in runner.lower():
+        raise UsageError("--runner DaskRunner: refused, it loses data silently and still reports success")
+    if runner.rsplit(".", 1)[-1].lower() in ("directrunner", "bundlebaseddirectrunner"):
+        runner = _LOCAL
+    if not chosen.view_as(DirectOptions).direct_num_workers:
+        chosen.view_as(DirectOptions).direct_num_workers = 1
+    try:
+        pipeline = beam.Pipeline(runner=runner, options=chosen)
+        build(pipeline)
+        state = pipeline.run().wait_until_finish()
+    except Exception as error:
+        raise _readable(error) from error
+    if state not in ("DONE", None):
+        raise UserError(f"the pipeline ended as {state}; see the runner's log")
+
+
+def _readable(error: Exception) -> Exception:
+    """The `UserError` or disk-full error inside Beam's chain of wrapped texts, else the error itself."""
+    text = str(error)
+    if isinstance(error, UserError | UsageError):
+        return error
+    found = re.findall(r"^(?:schemas\.errors\.)?(?:UserError|UsageError): (.+)$", text, re.MULTILINE)
+    if found or "UserError" in text:
+        message = found[-1] if found else text
+        return UserError(re.sub(r" \[while running .*?\]$", "", message))
+    if "No space left on device" in text:
+        return UserError("no space left on the disk; nothing was left behind, free some and run again")
+    return error

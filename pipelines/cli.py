@@ -1,0 +1,134 @@
+"""The `una` command: one table of subcommands, each loaded only when it runs."""
+
+import argparse
+import importlib
+import sys
+
+from schemas import command
+
+# name → (module, function that adds arguments, function that runs, takes Beam options, one line of help, examples)
+COMMANDS: dict[str, tuple[str, str, str, bool, str, str]] = {
+    "inspect": (
+        "pipelines.ingest",
+        "add_inspect_arguments",
+        "inspect",
+        False,
+        "show how files would be read: format, feedback type, fields, sample rows",
+        "una inspect ratings.csv\nuna inspect exports/ thumbs.jsonl.gz",
+    ),
+    "ingest": (
+        "pipelines.ingest",
+        "add_arguments",
+        "command",
+        True,
+        "turn raw feedback files into feedback rows",
+        "una ingest comparisons.jsonl thumbs.jsonl.gz --output data/rows\n"
+        "una ingest train.parquet --format helpsteer --source helpsteer2 --output data/rows\n"
+        "una ingest exports/ --output data/rows --ties half --direct_num_workers 2 "
+        "--direct_running_mode multi_processing",
+    ),
+    "reference": (
+        "pipelines.reference",
+        "add_arguments",
+        "command",
+        True,
+        "add token ids and reference log-probs",
+        "una reference data/rows --model models/base --output data/scored\n"
+        "una reference data/rows --model models/base --engine vllm --dtype bfloat16 --output data/scored",
+    ),
+    "publish": (
+        "pipelines.publish",
+        "add_arguments",
+        "command",
+        True,
+        "split, remove duplicates, write shards and a dataset card",
+        "una publish data/scored --output data/published --split train=0.95,test=0.05",
+    ),
+    "train": (
+        "una_train.train",
+        "add_arguments",
+        "command",
+        False,
+        "train a policy on a published dataset",
+        "una train data/published --model models/base --output runs/policy --set beta=0.1 --set lora=true\n"
+        "accelerate launch -m una_train data/published --model models/base --output runs/policy",
+    ),
+    "report": (
+        "pipelines.report",
+        "add_arguments",
+        "command",
+        False,
+        "a dataset or a training run as one HTML file",
+        "una report data/published\nuna report runs/policy --output report.html",
+    ),
+    "run": (
+        "pipelines.recipe",
+        "add_arguments",
+        "command",
+        True,
+        "run all stages of a recipe, skipping those that are unchanged",
+        "una run examples/demo.yaml",
+    ),
+}
+
+
+def parser_for(name: str) -> argparse.ArgumentParser:
+    """The parser of one subcommand."""
+    module, add, _, takes_beam, text, examples = COMMANDS[name]
+    parser = argparse.ArgumentParser(
+        prog=f"una {name}",
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"examples:\n  {examples.replace(chr(10), chr(10) + '  ')}"
+        + ("\n\nOther options go to Beam (--runner, --direct_num_workers, …)." if takes_beam else ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    getattr(importlib.import_module(module), add)(parser)
+    parser.add_argument("--json", action="store_true", help="print a JSON summary as the last line of stdout")
+    return parser
+
+
+def parse(name: str, argv: list[str]) -> argparse.Namespace:
+    """Parse a subcommand's arguments; options that only Beam knows are kept for it in `args.beam`."""
+    parser = parser_for(name)
+    ours = parser._option_string_actions
+    flags: list[str] = []
+    if COMMANDS[name][3] and any(a.startswith("--") and a.split("=")[0] not in ours for a in argv):
+        from pipelines import beam
+
+        flags, argv = beam.split_flags(argv, set(ours))
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        parser.error(f"unknown argument {rest[0]}{command.did_you_mean(rest[0], ours)}")
+    args.beam = flags
+    return args
+
+
+def call(name: str, args: argparse.Namespace) -> dict:
+    """Run a subcommand in this process and return its summary."""
+    module, _, function, *_ = COMMANDS[name]
+    return getattr(importlib.import_module(module), function)(args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `una`."""
+    from importlib.metadata import version
+
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="una",
+        description="Any feedback on language-model outputs in, an aligned policy and a published dataset out.",
+        epilog="examples:\n  una inspect feedback.jsonl\n  una run examples/demo.yaml\n  una ingest --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"una {version('una-align')}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
+    lines = "\n".join(f"  {name:10} {entry[4]}" for name, entry in COMMANDS.items())
+    parser.epilog = f"commands:\n{lines}\n\n{parser.epilog}"
+    name = parser.parse_args(argv[:1]).command
+    command.log_to_stderr()
+    return command.run(lambda args: call(name, args), parse(name, argv[1:]), f"una {name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

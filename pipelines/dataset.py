@@ -1,0 +1,284 @@
+"""Dataset directories: where a stage writes, and the one commit that makes its output appear.
+
+A stage writes part files into a staging directory beside its output. `commit` counts that nothing was
+lost, names the parts, writes the card and the manifest, and renames the directory into place.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pipelines import io
+from schemas.errors import POLICY_REASONS, UserError
+from schemas.feedback import FEEDBACK, REFERENCE_COLUMNS, SCORED
+from schemas.manifest import NAME, Manifest
+
+Result = dict[str, Any]  # what one unit of work reports; see `result`
+
+
+def staging(output: str) -> str:
+    """The directory beside `output` that a stage writes into before it commits."""
+    head, _, name = output.rstrip("/").rpartition("/")
+    return f"{head}/.{name}.incomplete" if head else f"{'/' if output.startswith('/') else ''}.{name}.incomplete"
+
+
+def prepare(output: str, inputs: Iterable[str], overwrite: bool) -> str:
+    """Make an empty staging directory and return it; `UserError` if `output` is taken and not to be overwritten."""
+    stage = staging(output)
+    if io.is_remote(output):
+        if _exists(f"{output}/{NAME}") and not overwrite:
+            raise UserError(f"{output}: holds a dataset; pass --overwrite to replace it")
+        return stage
+    target = Path(output).resolve()
+    kept = [Path.cwd(), Path.home(), *(Path(p).resolve() for p in inputs if not io.is_remote(p))]
+    if blocked := next((p for p in kept if p == target or target in p.parents), None):
+        raise UserError(f"{output}: cannot be the output, it holds {blocked}; name another directory")
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
+        raise UserError(f"{output}: exists and is not empty; pass --overwrite to replace it, or another --output")
+    shutil.rmtree(stage, ignore_errors=True)  # left by a run that was killed
+    Path(stage).mkdir(parents=True)
+    return stage
+
+
+def discard(stage: str) -> None:
+    """Remove a staging directory after a failure."""
+    if not io.is_remote(stage):
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def result(index: list[int], *, split: str = "train") -> Result:
+    """An empty report of one unit of work; `index` orders the units."""
+    return {
+        "index": index,
+        "split": split,
+        "inputs": 0,
+        "accepted": 0,
+        "rejected": Counter(),
+        "rejected_parts": Counter(),
+        "rows": Counter(),
+        "duplicates": 0,
+        "data": None,
+        "rejects": None,
+    }
+
+
+def commit(results: list[Result], manifest: Manifest, stage: str, output: str) -> Manifest:
+    """Make the staged parts the dataset at `output`; the manifest is filled in from `results` and returned."""
+    results = sorted(results, key=lambda r: (r["split"], r["index"]))
+    _add_up(results, manifest)
+    moves = _names(results)
+    manifest.files = [{**facts, "path": name} for facts, name in moves]
+    texts = {"README.md": card(manifest), NAME: manifest.to_json()}
+    if io.is_remote(output):
+        _commit_remote(moves, texts, output)
+    else:
+        _commit_local(moves, texts, stage, output)
+    return manifest
+
+
+def _add_up(results: list[Result], manifest: Manifest) -> None:
+    for name in ("rejected", "rejected_parts", "rows"):
+        setattr(manifest, name, dict(sorted(sum((Counter(r[name]) for r in results), Counter()).items())))
+    manifest.inputs = sum(r["inputs"] for r in results)
+    manifest.accepted = sum(r["accepted"] for r in results)
+    manifest.duplicates = sum(r["duplicates"] for r in results)
+    splits: Counter[str] = Counter()
+    for r in results:
+        splits[r["split"]] += sum(r["rows"].values())
+    manifest.splits = {split: n for split, n in sorted(splits.items()) if n}
+    lost = manifest.inputs - manifest.accepted - manifest.duplicates - sum(manifest.rejected.values())
+    assert lost == 0, f"{lost} of {manifest.inputs} inputs are neither accepted nor rejected"
+
+
+def _names(results: list[Result]) -> list[tuple[dict[str, Any], str]]:
+    """Final name of every part: data/{split}-0000i-of-0000n.parquet and rejected/rejected-….parquet."""
+    moves = []
+    for folder, key in (("data", "data"), ("rejected", "rejects")):
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for r in results:
+            if r[key]:
+                groups.setdefault(r["split"] if key == "data" else "rejected", []).append(r[key])
+        for name, parts in groups.items():
+            moves += [(p, f"{folder}/{name}-{i:05d}-of-{len(parts):05d}.parquet") for i, p in enumerate(parts)]
+    return moves
+
+
+def _commit_local(moves: list[tuple[dict[str, Any], str]], texts: dict[str, str], stage: str, output: str) -> None:
+    for facts, name in moves:
+        (Path(stage) / name).parent.mkdir(exist_ok=True)
+        os.replace(facts["path"], Path(stage) / name)
+    (Path(stage) / "data").mkdir(exist_ok=True)
+    shutil.rmtree(Path(stage) / "parts", ignore_errors=True)
+    for name, text in texts.items():
+        (Path(stage) / name).write_text(text, "utf-8")
+    replaced = Path(f"{stage}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if Path(output).exists():
+        os.rename(output, replaced)
+    os.rename(stage, output)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _commit_remote(moves: list[tuple[dict[str, Any], str]], texts: dict[str, str], output: str) -> None:
+    """Object stores rename no directories: the manifest goes first when replacing and comes last."""
+    from apache_beam.io.filesystems import FileSystems
+
+    stale = [f"{output}/{NAME}"] + [m.path for m in FileSystems.match([f"{output}/**.parquet"])[0].metadata_list]
+    for path in stale:
+        if _exists(path):
+            FileSystems.delete([path])
+    FileSystems.rename([facts["path"] for facts, _ in moves], [f"{output}/{name}" for _, name in moves])
+    for name, text in texts.items():
+        with io.create(f"{output}/{name}") as file:
+            file.write(text.encode())
+
+
+def _exists(path: str) -> bool:
+    from apache_beam.io.filesystems import FileSystems
+
+    return FileSystems.exists(path)
+
+
+def read_manifest(directory: str) -> Manifest:
+    """The manifest of a dataset directory, local or remote."""
+    if not io.is_remote(directory):
+        return Manifest.read(directory)
+    path = f"{directory.rstrip('/')}/{NAME}"
+    if not _exists(path):
+        raise UserError(f"{directory}: no {NAME} here, so it is no dataset directory; run `una ingest` first")
+    with io.open_bytes(path) as file:
+        return Manifest.from_json(file.read().decode(), path)
+
+
+def data_files(directory: str, manifest: Manifest) -> list[str]:
+    """Paths of the data shards, in order; `UserError` if one is missing or has another size than recorded."""
+    listed = [f for f in manifest.files if f["path"].startswith("data/")]
+    if not listed:
+        raise UserError(f"{directory}: the dataset has no rows")
+    for facts in listed:
+        path = Path(directory) / facts["path"]
+        if not io.is_remote(directory) and (not path.is_file() or path.stat().st_size != facts["bytes"]):
+            raise UserError(f"{path}: missing or not as {NAME} recorded it; run the stage that wrote it again")
+    return [f"{directory.rstrip('/')}/{f['path']}" for f in listed]
+
+
+def schema_of(manifest: Manifest) -> Any:
+    return SCORED if manifest.reference else FEEDBACK
+
+
+def summary(manifest: Manifest, output: str, max_rejected: float = 1.0) -> dict[str, Any]:
+    """What a stage reports; `failed` is set when more than `max_rejected` of the inputs were rejected.
+
+    Drops that a policy asked for, such as ties, do not count against the limit.
+    """
+    facts = dataclasses.asdict(manifest)
+    names = ("inputs", "accepted", "rejected", "rejected_parts", "rows", "splits", "duplicates", "policies")
+    report: dict[str, Any] = {"output": output, **{name: facts[name] for name in names}}
+    counted = {r: n for r, n in manifest.rejected.items() if r not in POLICY_REASONS}
+    share = sum(counted.values()) / max(1, manifest.inputs)
+    if share > max_rejected:
+        worst = max(counted, key=lambda reason: (reason != "comparison_incomplete", counted[reason]))
+        report["failed"] = (
+            f"{sum(counted.values())} of {manifest.inputs} inputs were rejected ({share:.1%}, mostly {worst}), more "
+            f"than --max-rejected {max_rejected:g}; see {output}/rejected, then mend the input or raise the limit"
+        )
+    elif not manifest.rows:
+        report["failed"] = f"no rows came out of {manifest.inputs} inputs; see {output}/rejected"
+    return report
+
+
+def print_summary(report: dict[str, Any]) -> None:
+    """The summary as a short text on stdout."""
+    print(f"inputs {report['inputs']}  accepted {report['accepted']}  rejected {sum(report['rejected'].values())}")
+    for name in ("rows", "splits", "rejected", "rejected_parts"):
+        if report[name]:
+            print(f"{name.replace('_', ' ')}: " + ", ".join(f"{k} {v}" for k, v in report[name].items()))
+    if report["duplicates"]:
+        print(f"duplicates removed: {report['duplicates']}")
+    print("policies: " + ", ".join(f"{k}={_short(v)}" for k, v in report["policies"].items()))
+    print(report["output"])
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+# --- the card ------------------------------------------------------------------------------------
+
+
+def card(manifest: Manifest) -> str:
+    """README.md of a dataset directory: a card whose YAML header lets `datasets.load_dataset` find the splits."""
+    import yaml
+
+    splits = manifest.splits or {"train": 0}
+    sizes = {s: sum(f["bytes"] for f in manifest.files if f["path"].startswith(f"data/{s}-")) for s in splits}
+    header = {
+        "license": manifest.policies.get("license", "unknown"),
+        "tags": ["una", "human-feedback", "alignment"],
+        "size_categories": [_size_category(sum(splits.values()))],
+        "configs": [
+            {
+                "config_name": "default",
+                "data_files": [{"split": s, "path": f"data/{s}-*.parquet"} for s in splits],
+            }
+        ],
+        "dataset_info": {
+            "features": _features(manifest),
+            "splits": [{"name": s, "num_bytes": sizes[s], "num_examples": n} for s, n in splits.items()],
+            "download_size": sum(sizes.values()),
+            "dataset_size": sum(sizes.values()),
+        },
+    }
+    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n{_card_text(manifest)}"
+
+
+def _features(manifest: Manifest) -> list[dict[str, Any]]:
+    """The columns in the notation of `datasets` dataset cards."""
+    import pyarrow as pa
+
+    def feature(field: pa.Field) -> dict[str, Any]:
+        if pa.types.is_list(field.type):
+            inner = feature(field.type.value_field)
+            inner.pop("name")
+            return {"name": field.name, "list": inner.get("struct") or inner["dtype"]}
+        if pa.types.is_struct(field.type):
+            return {"name": field.name, "struct": [feature(field.type.field(i)) for i in range(field.type.num_fields)]}
+        return {
+            "name": field.name,
+            "dtype": {"float": "float32", "double": "float64"}.get(str(field.type), str(field.type)),
+        }
+
+    return [feature(f) for f in schema_of(manifest)]
+
+
+def _size_category(n: int) -> str:
+    names = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B"]
+    return names[max(0, min(len(str(max(1, n))) - 3, len(names) - 1))]
+
+
+def _card_text(manifest: Manifest) -> str:
+    columns = FEEDBACK if not manifest.reference else [*FEEDBACK, *REFERENCE_COLUMNS]
+    table = "\n".join(f"| `{f.name}` | {f.type} | {f.metadata[b'description'].decode()} |" for f in columns)
+    counts = "\n".join(f"| {kind} | {n} |" for kind, n in manifest.rows.items())
+    sources = "\n".join(
+        f"| {_cell(s['file'])} | {_cell(s['source'])} | {s['format']} | {s['sha256'][:12]} |" for s in manifest.sources
+    )
+    return (
+        "# Feedback dataset\n\n"
+        "One row per (prompt, response) with an explicit reward in [0, 1], for UNA training (arXiv 2408.15339).\n\n"
+        f"| type | rows |\n|---|---|\n{counts}\n\n"
+        f"Read {manifest.inputs} inputs, accepted {manifest.accepted}, rejected "
+        f"{sum(manifest.rejected.values())}, removed {manifest.duplicates} exact duplicates. "
+        "Every policy and file hash is in `manifest.json`.\n\n"
+        f"## Columns\n\n| column | type | meaning |\n|---|---|---|\n{table}\n\n"
+        f"## Sources\n\n| file | source | format | sha256 |\n|---|---|---|---|\n{sources}\n"
+    )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

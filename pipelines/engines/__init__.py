@@ -1,0 +1,24 @@
+"""Engines that compute response log-probs under the reference model; each module has the same `load`."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Protocol
+
+import numpy as np
+
+ENGINES = {"transformers": "pipelines.engines.transformers", "vllm": "pipelines.engines.vllm"}
+
+
+class Engine(Protocol):
+    """Scores token ids. `version` names the library and release that does the work."""
+
+    version: str
+
+    def score(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[np.ndarray]:
+        """log π(response token | what stands before it), in nats: one float32 array per response."""
+        ...
+
+
+def load(name: str, model: str, *, dtype: str, batch_tokens: int, max_length: int) -> Engine:
+    """Load an engine by name; `max_length` is the longest prompt plus response it must take, in tokens."""
+    return import_module(ENGINES[name]).load(model, dtype=dtype, batch_tokens=batch_tokens, max_length=max_length)

@@ -1,0 +1,359 @@
+"""Files to records, and rows to part files: everything that touches bytes.
+
+Reads JSON lines, JSON arrays, CSV and parquet, plain or gzipped. Every record keeps its position and its bytes, so
+that a rejected one can be shown as it was. Paths with a scheme (gs://, s3://) go through Beam's
+filesystems; everything else is a local path. Nothing here knows what a record means.
+"""
+
+import codecs
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.errors import Reject, UserError
+
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+RANGE_BYTES = 32 << 20  # a JSONL file is read in ranges of about this size
+GROUP_BYTES = 64 << 20  # a row group holds about this much uncompressed text
+GROUP_ROWS = 16_384
+_GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
+
+
+class Raw(NamedTuple):
+    """One record as it lies in its file; `value` is what it parsed to, or the `Reject` that says why it did not."""
+
+    position: int
+    payload: bytes
+    value: Any
+
+
+@dataclass(frozen=True)
+class Range:
+    """A piece of a file that one worker reads: bytes (jsonl), a row group (parquet) or the whole file."""
+
+    path: str
+    kind: str  # jsonl, json, csv or parquet
+    start: int = 0
+    stop: int = -1  # -1: to the end
+    first: int = 1  # position of its first record
+
+
+# --- finding and opening files -------------------------------------------------------------------
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def expand(paths: list[str]) -> list[str]:
+    """Files named by paths, directories (searched for known endings) and glob patterns, in a stable order."""
+    found: list[str] = []
+    for path in paths:
+        if is_remote(path) or (any(c in path for c in "*?[") and not os.path.exists(path)):
+            found += _match(path)
+        elif os.path.isdir(path):
+            found += _in_directory(path)
+        elif os.path.exists(path):
+            found.append(path)
+        else:
+            raise UserError(f"{path}: no such file or directory")
+    return list(dict.fromkeys(found))
+
+
+def _match(pattern: str) -> list[str]:
+    from apache_beam.io.filesystems import FileSystems
+
+    files = sorted(m.path for m in FileSystems.match([pattern])[0].metadata_list)
+    if not files:
+        raise UserError(f"{pattern}: no file matches")
+    return files
+
+
+def _in_directory(directory: str) -> list[str]:
+    files = [str(p) for p in sorted(Path(directory).rglob("*")) if p.is_file() and _ending(str(p)) in KINDS]
+    if not files:
+        raise UserError(f"{directory}: no data in this directory; looked for {', '.join(sorted(KINDS))} (and .gz)")
+    return files
+
+
+def _ending(path: str) -> str:
+    return PurePosixPath(path.removesuffix(".gz")).suffix.lower()
+
+
+def stem(path: str) -> str:
+    """The file's name without its endings: the default name of a source."""
+    name = PurePosixPath(path).name
+    return name.removesuffix(".gz").removesuffix(_ending(path)) or name
+
+
+def open_bytes(path: str) -> BinaryIO:
+    """Open for reading, gunzipping what starts with gzip's magic number. Errors are `UserError`s."""
+    try:
+        file = _open_raw(path)
+        if file.read(2) == b"\x1f\x8b":
+            file.seek(0)
+            return io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 20)  # type: ignore[arg-type]
+        file.seek(0)
+        return file
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _open_raw(path: str) -> BinaryIO:
+    if not is_remote(path):
+        return open(path, "rb")
+    from apache_beam.io.filesystem import CompressionTypes
+    from apache_beam.io.filesystems import FileSystems
+
+    return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
+
+
+def kind_of(path: str) -> str:
+    """How a file is laid out, from its first bytes and, where those do not tell, its ending."""
+    with open_bytes(path) as file:
+        head = _read(path, file, 1 << 16)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if _ending(path) == ".parquet":
+        raise UserError(f"{path}: ends in .parquet but does not start as a parquet file")
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if not text:
+        raise UserError(f"{path}: the file is empty")
+    if _ending(path) in (".csv", ".tsv"):
+        return "csv"
+    if text[:1] == b"[":
+        return "json"
+    if text[:1] == b"{":
+        return "jsonl" if _first_line_is_object(text) or _ending(path) != ".json" else "json"
+    kind = KINDS.get(_ending(path))
+    if kind is None:
+        raise UserError(f"{path}: neither JSON, JSON lines, CSV nor parquet (starts with {text[:20]!r})")
+    return kind
+
+
+def _first_line_is_object(text: bytes) -> bool:
+    """Tell JSON lines from one pretty-printed object; a first line longer than what was read counts as a line."""
+    line, newline, _ = text.partition(b"\n")
+    return not newline or isinstance(_parse(line), dict)
+
+
+def _read(path: str, file: BinaryIO, size: int) -> bytes:
+    try:
+        return file.read(size)
+    except _GZIP_ERRORS as error:
+        raise UserError(f"{path}: damaged or truncated gzip ({error}); fetch the file again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def survey(path: str, kind: str) -> tuple[dict[str, Any], list[Range]]:
+    """Read a file once: its facts (name, bytes, sha256) and the ranges it is best read in.
+
+    Plain JSON lines are cut behind newlines, so that each range knows its first line number; parquet is cut
+    into its row groups; everything else is one range.
+    """
+    with _open_raw(path) as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    cut_every = RANGE_BYTES if kind == "jsonl" and not zipped else float("inf")
+    sha, size, lines, cuts = hashlib.sha256(), 0, 0, [(0, 1)]  # cuts: byte offset, number of the line there
+    with _open_raw(path) as file:
+        while chunk := file.read(1 << 20):
+            if size + len(chunk) - cuts[-1][0] > cut_every and (end := chunk.rfind(b"\n") + 1):
+                cuts.append((size + end, lines + chunk.count(b"\n", 0, end) + 1))
+            lines += chunk.count(b"\n")
+            size += len(chunk)
+            sha.update(chunk)
+    facts = {"file": PurePosixPath(path).name, "bytes": size, "sha256": sha.hexdigest()}
+    if kind == "parquet":
+        return facts, _row_groups(path)
+    stops = [offset for offset, _ in cuts[1:]] + [-1]
+    return facts, [Range(path, kind, start, stop, line) for (start, line), stop in zip(cuts, stops, strict=True)]
+
+
+def _row_groups(path: str) -> list[Range]:
+    with open_parquet(path) as file:
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    return [Range(path, "parquet", i, i + 1, 1 + sum(sizes[:i])) for i in range(len(sizes))]
+
+
+# --- reading records -----------------------------------------------------------------------------
+
+
+def records(of: Range) -> Iterator[Raw]:
+    """The records of a range, in order. A damaged file is a `UserError`; a damaged record is its own `Reject`."""
+    read = {"jsonl": _lines, "json": _array, "csv": _csv, "parquet": _parquet}[of.kind]
+    try:
+        yield from read(of)
+    except _GZIP_ERRORS as error:
+        raise UserError(f"{of.path}: damaged or truncated gzip ({error}); fetch the file again") from None
+
+
+def _parse(line: bytes) -> Any:
+    """The JSON value of `line`, or a `Reject`. orjson is fast and strict; json takes NaN and huge integers."""
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Reject("invalid_unicode", f"not valid UTF-8 at byte {error.start} of the record")
+    except (ValueError, RecursionError) as error:
+        return Reject("invalid_json", str(error))
+
+
+def _lines(of: Range) -> Iterator[Raw]:
+    with open_bytes(of.path) as file:
+        if of.start:
+            file.seek(of.start)
+        at, position = of.start, of.first
+        while (of.stop < 0 or at < of.stop) and (line := file.readline()):
+            at += len(line)
+            text = (line.removeprefix(codecs.BOM_UTF8) if position == 1 else line).rstrip(b"\r\n")
+            if text.strip():
+                yield Raw(position, text, _parse(text))
+            position += 1
+
+
+def _array(of: Range) -> Iterator[Raw]:
+    """The elements of a JSON array, one at a time: the array is never in memory whole."""
+    with open_bytes(of.path) as file:
+        reader = codecs.getreader("utf-8-sig")(file, errors="surrogateescape")
+        text, position, done = reader.read(1 << 20).lstrip(), 1, False
+        if not text.startswith("["):
+            text, done = "[" + text + reader.read() + "]", True  # one object is an array of one
+        decoder, at = json.JSONDecoder(), 1
+        while True:
+            while at < len(text) and text[at] in " \t\r\n,":
+                at += 1
+            if text[at : at + 1] == "]":
+                return
+            try:
+                value, end = decoder.raw_decode(text, at)
+                if end == len(text) and not done:
+                    raise ValueError("the buffer ends here")  # a number may go on in the next one
+            except (ValueError, RecursionError) as error:
+                more = reader.read(max(1 << 20, len(text) - at))
+                if not more:
+                    raise UserError(
+                        f"{of.path}: the JSON array breaks off or is invalid after record {position - 1} ({error})"
+                    ) from None
+                text, at = text[at:] + more, 0
+                continue
+            payload = text[at:end].encode("utf-8", "surrogateescape")
+            yield Raw(position, payload, value if isinstance(value, dict) else _parse(payload))
+            position, at = position + 1, end
+
+
+def _csv(of: Range) -> Iterator[Raw]:
+    csv.field_size_limit(1 << 30)
+    with open_bytes(of.path) as file:
+        text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+        first = text.readline()
+        delimiter = max(",\t;|", key=first.count)
+        names = next(csv.reader([first], delimiter=delimiter), [])
+        try:
+            for position, row in enumerate(csv.DictReader(text, names, delimiter=delimiter, strict=True), 1):
+                yield _csv_row(position, row)
+        except csv.Error as error:
+            raise UserError(f"{of.path}: not valid CSV ({error}); is a quote left open?") from None
+
+
+def _csv_row(position: int, row: dict[Any, Any]) -> Raw:
+    payload = json.dumps(row, default=str, skipkeys=True).encode()
+    if None in row:
+        return Raw(position, payload, Reject("wrong_shape", f"{len(row[None])} more cells than the header has"))
+    return Raw(position, payload, row)
+
+
+def open_parquet(path: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(_open_raw(path))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: not a readable parquet file ({error}); is it whole?") from None
+
+
+def _parquet(of: Range) -> Iterator[Raw]:
+    position = of.first
+    with open_parquet(of.path) as file:
+        groups = list(range(of.start, file.num_row_groups if of.stop < 0 else of.stop))
+        try:
+            for batch in file.iter_batches(batch_size=1000, row_groups=groups):
+                for row in batch.to_pylist():
+                    yield Raw(position, json.dumps(row, default=str).encode(), row)
+                    position += 1
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"{of.path}: damaged parquet near record {position} ({error})") from None
+
+
+# --- writing part files --------------------------------------------------------------------------
+
+
+class PartWriter:
+    """Writes Arrow tables to one zstd parquet file, a row group each time enough text has gathered.
+
+    A `write` is never split over two row groups, so what must stay together goes in one call. The file
+    appears only at `close`, and only if it has rows.
+    """
+
+    def __init__(
+        self, path: str, schema: pa.Schema, facts: dict[str, Any] | None = None, group_bytes: int = GROUP_BYTES
+    ):
+        metadata = {**(schema.metadata or {}), "una": json.dumps(facts or {}, sort_keys=True)}
+        self.path, self.schema = path, schema.with_metadata(metadata)
+        self.rows, self._bytes, self._group_bytes = 0, 0, group_bytes
+        self._pending: list[pa.Table] = []
+        self._file: Any = None
+        self._writer: pq.ParquetWriter | None = None
+
+    def write(self, table: pa.Table) -> None:
+        self._pending.append(table)
+        self.rows += table.num_rows
+        self._bytes += table.nbytes
+        if self._bytes >= self._group_bytes or sum(t.num_rows for t in self._pending) >= GROUP_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._writer is None:
+            self._file = create(self.path)
+            repeated = [c for c in ("type", "source", "labeller", "reason", "source_file") if c in self.schema.names]
+            self._writer = pq.ParquetWriter(self._file, self.schema, compression="zstd", use_dictionary=repeated)
+        table = pa.concat_tables(self._pending).combine_chunks().replace_schema_metadata(self.schema.metadata)
+        self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+        self._pending, self._bytes = [], 0
+
+    def close(self) -> dict[str, Any] | None:
+        """Finish the file; its facts (path, rows, bytes, sha256), or None when nothing was written."""
+        if self._pending:
+            self._flush()
+        if self._writer is None:
+            return None
+        self._writer.close()
+        self._file.close()
+        with _open_raw(self.path) as file:
+            data = hashlib.file_digest(file, "sha256") if not is_remote(self.path) else hashlib.sha256(file.read())
+            size = file.tell()
+        return {"path": self.path, "rows": self.rows, "bytes": size, "sha256": data.hexdigest()}
+
+
+def create(path: str) -> BinaryIO:
+    """Open a new file for writing, making its directory."""
+    if is_remote(path):
+        from apache_beam.io.filesystem import CompressionTypes
+        from apache_beam.io.filesystems import FileSystems
+
+        return FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return open(path, "wb")

@@ -1,0 +1,199 @@
+"""A dataset ready to share and to train on: split by prompt, without exact duplicates, in sorted shards.
+
+Rows go to the shard their prompt's id names, so no prompt is in two splits, equal rows meet in one
+shard, and the rows of a prompt lie side by side. Each file is cut into pieces by shard (part files, not a
+shuffle), then each shard is put together from its pieces.
+"""
+
+import argparse
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines import dataset, io
+from pipelines.beam import run
+from schemas.errors import UsageError
+from schemas.feedback import check, check_comparisons
+from schemas.manifest import Manifest
+
+SHARD_BYTES = 256 << 20  # of compressed input per shard
+Shard = tuple[str, int]  # split, number within it
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which share of the prompts each split gets, and how many shards it has."""
+
+    splits: tuple[tuple[str, float], ...]
+    shards: tuple[int, ...]
+
+    def assign(self, prompt_ids: pa.ChunkedArray) -> np.ndarray:
+        """The shard of every row, numbered over all splits: the id's first 64 bits say where it falls in [0, 1)."""
+        # one prompt is often hundreds of rows, so only distinct ids are turned into numbers
+        encoded = prompt_ids.combine_chunks().dictionary_encode()
+        point = np.array([int(i[:16], 16) / 2**64 for i in encoded.dictionary.to_pylist()])
+        bounds = np.cumsum([share for _, share in self.splits])
+        split = np.minimum(np.searchsorted(bounds, point, side="right"), len(self.splits) - 1)
+        within = np.array([int(i[16:], 16) for i in encoded.dictionary.to_pylist()], dtype=np.uint64)
+        count = np.array(self.shards, dtype=np.uint64)[split]
+        shard = np.concatenate([[0], np.cumsum(self.shards)])[split] + (within % count).astype(np.int64)
+        return shard[encoded.indices.to_numpy()]
+
+    def name(self, shard: int) -> Shard:
+        split = int(np.searchsorted(np.cumsum(self.shards), shard, side="right"))
+        return self.splits[split][0], shard - sum(self.shards[:split])
+
+
+def plan(splits: dict[str, float], input_bytes: int) -> Plan:
+    """Shards in proportion to each split's share of the input."""
+    shards = tuple(max(1, math.ceil(share * input_bytes / SHARD_BYTES)) for share in splits.values())
+    return Plan(tuple(splits.items()), shards)
+
+
+# --- cutting and putting together ----------------------------------------------------------------
+
+
+def cut(item: tuple[int, str], *, of: Plan, schema: pa.Schema, stage: str) -> Iterator[tuple[int, tuple[int, str]]]:
+    """Split one file into a piece per shard; yields (shard, (file number, path of the piece))."""
+    i, path = item
+    pieces: dict[int, io.PartWriter] = {}
+    with io.open_parquet(path) as file:
+        for group in range(file.num_row_groups):
+            rows = file.read_row_group(group).cast(schema).replace_schema_metadata(None)
+            shard = of.assign(rows["prompt_id"])
+            for s in np.unique(shard).tolist():
+                if s not in pieces:
+                    path = f"{stage}/parts/{i:06d}-{s:06d}.piece.parquet"
+                    pieces[s] = io.PartWriter(path, schema, group_bytes=io.GROUP_BYTES // sum(of.shards))
+                pieces[s].write(rows.filter(pa.array(shard == s)))
+    for s, piece in pieces.items():
+        piece.close()
+        yield s, (i, piece.path)
+
+
+def assemble(
+    item: tuple[int, Iterable[tuple[int, str]]], *, of: Plan, schema: pa.Schema, stage: str, facts: dict[str, Any]
+) -> dataset.Result:
+    """Read a shard's pieces, drop exact duplicates, sort by prompt, write one file and report."""
+    number, pieces = item
+    split, within = of.name(number)
+    read = [io.open_parquet(path).read() for _, path in sorted(pieces)]
+    rows = pa.concat_tables(read).cast(schema).replace_schema_metadata(None)
+    report = dataset.result([within], split=split)
+    report["inputs"] = rows.num_rows
+    rows = ordered(rows)
+    report["duplicates"] = report["inputs"] - rows.num_rows
+    report["accepted"] = rows.num_rows
+    report["rows"] = Counter(rows["type"].to_pylist())
+    check(rows, scored="ref_logps" in schema.names)
+    check_comparisons(rows)
+    writer = io.PartWriter(f"{stage}/parts/{split}-{within:06d}.data.parquet", schema, facts)
+    for start, stop in prompt_runs(rows["prompt_id"], io.GROUP_ROWS // 8):
+        writer.write(rows.slice(start, stop - start))
+    report["data"] = writer.close()
+    return report
+
+
+def ordered(rows: pa.Table) -> pa.Table:
+    """Rows with distinct ids, sorted by prompt, then comparison, then id: the order does not depend on the input's."""
+    keys = rows.select(["prompt_id", "comparison_id", "id"])
+    order = pc.sort_indices(keys, [("prompt_id", "ascending"), ("comparison_id", "ascending"), ("id", "ascending")])
+    ids = keys["id"].take(order).to_numpy(zero_copy_only=False)
+    first = np.concatenate([[True], ids[1:] != ids[:-1]]) if len(ids) else np.array([], bool)
+    return rows.take(pa.array(order.to_numpy()[first]))
+
+
+def prompt_runs(prompt_ids: pa.ChunkedArray, rows: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) pieces of at least `rows` rows that part no prompt."""
+    encoded = prompt_ids.combine_chunks().dictionary_encode().indices.to_numpy()
+    edges = [0, *(np.flatnonzero(np.diff(encoded)) + 1).tolist(), len(encoded)]
+    start = 0
+    for edge in edges:
+        if edge - start >= rows or (edge == len(encoded) and edge > start):
+            yield start, edge
+            start = edge
+
+
+# --- the pipeline --------------------------------------------------------------------------------
+
+
+def build(
+    pipeline: beam.Pipeline, files: list[str], of: Plan, schema: pa.Schema, manifest: Manifest, stage: str, output: str
+) -> Any:
+    """Files → pieces by shard → shards → one commit. Only the pieces' paths are shuffled."""
+    facts = {"stage": "publish", "policies": manifest.policies, "reference": manifest.reference}
+    results = (
+        pipeline
+        | "files" >> beam.Create(list(enumerate(files)))
+        | "spread" >> beam.Reshuffle()
+        | "cut" >> beam.FlatMap(cut, of=of, schema=schema, stage=stage).with_output_types(tuple[int, tuple[int, str]])
+        | "gather" >> beam.GroupByKey()
+        | "assemble" >> beam.Map(assemble, of=of, schema=schema, stage=stage, facts=facts)
+    )
+    return (
+        pipeline
+        | "once" >> beam.Create([None])
+        | "commit" >> beam.Map(_commit, beam.pvalue.AsList(results), manifest=manifest, stage=stage, output=output)
+    )
+
+
+def _commit(_: None, results: list[dataset.Result], *, manifest: Manifest, stage: str, output: str) -> None:
+    assert sum(r["inputs"] for r in results) == manifest.inputs, "not every row was read"
+    dataset.commit(results, manifest, stage, output)
+
+
+# --- command -------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `una publish`."""
+    parser.add_argument("directory", metavar="DIR", help="a dataset directory made by `una reference` or `una ingest`")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the dataset directory to write")
+    parser.add_argument(
+        "--split", default="train=0.95,test=0.05", metavar="NAME=SHARE,…", help="shares of the prompts (sum 1)"
+    )
+    parser.add_argument("--license", metavar="ID", help="licence id for the dataset card")
+    parser.add_argument("--overwrite", action="store_true", help="replace what --output holds")
+
+
+def parse_split(text: str) -> dict[str, float]:
+    """`train=0.95,test=0.05` → shares; `UsageError` unless they are positive and sum to 1."""
+    try:
+        splits = {name.strip(): float(share) for name, share in (item.split("=") for item in text.split(","))}
+    except ValueError:
+        raise UsageError(f"--split {text}: must look like train=0.95,test=0.05") from None
+    if not all(share > 0 for share in splits.values()) or abs(sum(splits.values()) - 1) > 1e-9:
+        raise UsageError(f"--split {text}: the shares must be positive and sum to 1")
+    if bad := next((name for name in splits if not name.isidentifier()), None):
+        raise UsageError(f"--split {text}: {bad!r} is no name for a split; use letters, digits and _")
+    return splits
+
+
+def command(args: argparse.Namespace) -> dict[str, Any]:
+    """`una publish`: returns the summary that `--json` prints."""
+    splits = parse_split(args.split)
+    before = dataset.read_manifest(args.directory)
+    files = dataset.data_files(args.directory, before)
+    of = plan(splits, sum(f["bytes"] for f in before.files if f["path"].startswith("data/")))
+    output = args.output.rstrip("/")
+    stage = dataset.prepare(output, [args.directory], args.overwrite)
+    policies = {**before.policies, "split": splits, "duplicates": "removed when prompt, response and label are equal"}
+    if args.license:
+        policies["license"] = args.license
+    manifest = before.next("publish", policies=policies)
+    schema = dataset.schema_of(before)
+    try:
+        run(lambda p: build(p, files, of, schema, manifest, stage, output), args.beam)
+    except BaseException:
+        dataset.discard(stage)
+        raise
+    report = dataset.summary(dataset.read_manifest(output), output)
+    dataset.print_summary(report)
+    return report

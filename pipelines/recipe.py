@@ -1,0 +1,223 @@
+"""`una run RECIPE.yaml`: ingest, reference, publish, train and report, one after the other.
+
+A recipe names an output directory, a model, input files, and options per stage under the names the
+commands use. A stage whose inputs and parameters are those of its last finished run is skipped; what
+those were is kept in OUTPUT/stages.json.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines import cli, dataset, io
+from schemas.command import did_you_mean
+from schemas.errors import UsageError, UserError
+from schemas.fingerprint import fingerprint, local_model
+from schemas.manifest import sha256
+
+log = logging.getLogger(__name__)
+STAGES = ("ingest", "reference", "publish", "train", "report")
+KEYS = ("output", "model", "input", *STAGES)
+STATE = "stages.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: the command line it amounts to, the file whose presence says it finished, what it depends on."""
+
+    name: str
+    argv: list[str]
+    done: str
+    inputs: Callable[[], Any]  # evaluated just before the stage runs
+
+
+def read(path: str, changes: list[str]) -> dict[str, Any]:
+    """The recipe with `--set` changes applied; `UsageError` for what no recipe has."""
+    try:
+        recipe = yaml.safe_load(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(recipe, dict):
+        raise UsageError(f"{path}: a recipe is a mapping with the keys {', '.join(KEYS)}")
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise UsageError(f"--set {change}: must look like key=value or stage.key=value")
+        *stage, last = key.split(".", 1)
+        section = recipe.setdefault(stage[0], {}) if stage else recipe
+        section[last] = yaml.safe_load(value)
+    for key in recipe:
+        if key not in KEYS:
+            raise UsageError(f"{path}: unknown key {key!r}{did_you_mean(str(key), KEYS)}")
+    for key in ("output", "input"):
+        if not recipe.get(key):
+            raise UsageError(f"{path}: the recipe has no {key!r}")
+    return recipe
+
+
+def stages(recipe: dict[str, Any]) -> list[Stage]:
+    """The stages a recipe asks for, in order; a section set to false leaves its stage out."""
+    wanted = [name for name in STAGES if recipe.get(name) is not False]
+    if {"reference", "train"} & set(wanted) and not recipe.get("model"):
+        raise UsageError("the recipe has no 'model'; give one, or set reference: false and train: false")
+    output, model = str(recipe["output"]).rstrip("/"), str(recipe.get("model"))
+    paths = [recipe["input"]] if isinstance(recipe["input"], str) else list(recipe["input"])
+    of = {name: options(recipe.get(name)) for name in wanted if name != "train"}
+    out = {name: f"{output}/{name}" for name in STAGES}
+    scored = out["reference"] if "reference" in wanted else out["ingest"]
+    last = next((out[name] for name in ("publish", "reference") if name in wanted), out["ingest"])
+
+    def same(directory: str) -> Callable[[], Any]:
+        return lambda: _digest(dataset.read_manifest(directory).to_json())
+
+    def with_model(directory: str) -> Callable[[], Any]:
+        return lambda: [same(directory)(), _model(model)]
+
+    table = {
+        "ingest": lambda: Stage(
+            "ingest",
+            [*paths, "--output", out["ingest"], *of["ingest"]],
+            f"{out['ingest']}/manifest.json",
+            lambda: [[path, sha256(path) if not io.is_remote(path) else None] for path in io.expand(paths)],
+        ),
+        "reference": lambda: Stage(
+            "reference",
+            [out["ingest"], "--model", model, "--output", out["reference"], *of["reference"]],
+            f"{out['reference']}/manifest.json",
+            with_model(out["ingest"]),
+        ),
+        "publish": lambda: Stage(
+            "publish",
+            [scored, "--output", out["publish"], *of["publish"]],
+            f"{out['publish']}/manifest.json",
+            same(scored),
+        ),
+        "train": lambda: Stage(
+            "train",
+            [last, "--model", model, "--output", out["train"], *_settings(recipe.get("train"))],
+            f"{out['train']}/run.json",
+            with_model(last),
+        ),
+        "report": lambda: Stage(
+            "report",
+            [out["train"] if "train" in wanted else last, "--output", f"{output}/report.html", *of["report"]],
+            f"{output}/report.html",
+            lambda: sha256(f"{out['train']}/run.json") if "train" in wanted else same(last)(),
+        ),
+    }
+    return [table[name]() for name in wanted]
+
+
+def options(section: Any) -> list[str]:
+    """A section's options as command-line arguments: {batch_tokens: 512} → --batch-tokens 512."""
+    if section is not None and not isinstance(section, dict):
+        raise UsageError(f"a stage's section must be a mapping of its options, or false; got {section!r}")
+    argv: list[str] = []
+    for key, value in (section or {}).items():
+        name = f"--{str(key).replace('_', '-')}"
+        if isinstance(value, dict):
+            argv += [name, ",".join(f"{k}={v}" for k, v in value.items())]
+        elif value is True:
+            argv += [name]
+        elif value is not False and value is not None:
+            argv += [name, str(value)]
+    return argv
+
+
+def _settings(section: Any) -> list[str]:
+    """Training settings as --set arguments, in JSON, which YAML reads back as it was."""
+    if section is not None and not isinstance(section, dict):
+        raise UsageError(f"train: must be a mapping of training settings, or false; got {section!r}")
+    return [x for key, value in (section or {}).items() for x in ("--set", f"{key}={json.dumps(value)}")]
+
+
+def _model(name: str) -> dict[str, Any]:
+    return fingerprint(local_model(name), dtype="", engine="", engine_version="")
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+# --- command -------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `una run`."""
+    parser.add_argument("recipe", metavar="RECIPE.yaml", help="see examples/ for recipes")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe: model=…, train.beta=0.1"
+    )
+
+
+def command(args: argparse.Namespace) -> dict[str, Any]:
+    """`una run`: returns what every stage returned, and whether it was skipped."""
+    recipe = read(args.recipe, args.set)
+    planned = [(stage, cli.parse(stage.name, stage.argv)) for stage in stages(recipe)]  # bad options fail here
+    output = str(recipe["output"]).rstrip("/")
+    state = _read_state(output)
+    summary: dict[str, Any] = {"output": output, "stages": {}}
+    for stage, parsed in planned:
+        parsed.beam = args.beam
+        summary["stages"][stage.name] = result = _run(stage, parsed, state, output)
+        if result.get("failed"):
+            summary["failed"] = f"{stage.name}: {result['failed']}"
+            break
+    return summary
+
+
+def _run(stage: Stage, args: argparse.Namespace, state: dict[str, Any], output: str) -> dict[str, Any]:
+    key = _digest([stage.name, stage.argv, stage.inputs()])
+    before = state.get(stage.name, {})
+    if before.get("key") == key and before.get("summary") and _present(stage.done):
+        log.info("%s: unchanged, skipped", stage.name)
+        return {**before["summary"], "skipped": True}
+    log.info("%s: una %s %s", stage.name, stage.name, " ".join(stage.argv))
+    args.overwrite = True  # what lies there is this recipe's own, from before something changed
+    args.resume = before.get("key") == key  # the same training, cut short: go on from its checkpoint
+    state[stage.name] = {"key": key}
+    _write_state(output, state)
+    print(f"── {stage.name}")
+    result = cli.call(stage.name, args)
+    if not result.get("failed"):
+        state[stage.name] = {"key": key, "summary": result}
+        _write_state(output, state)
+    return {**result, "skipped": False}
+
+
+def _present(path: str) -> bool:
+    if not io.is_remote(path):
+        return Path(path).exists()
+    from apache_beam.io.filesystems import FileSystems
+
+    return FileSystems.exists(path)
+
+
+def _read_state(output: str) -> dict[str, Any]:
+    path = f"{output}/{STATE}"
+    if not _present(path):
+        return {}
+    with io.open_bytes(path) as file:
+        try:
+            return json.loads(file.read())
+        except ValueError:
+            log.warning("%s: not readable, every stage runs again", path)
+            return {}
+
+
+def _write_state(output: str, state: dict[str, Any]) -> None:
+    path = f"{output}/{STATE}"
+    text = json.dumps(state, indent=2, sort_keys=True, default=str).encode()
+    with io.create(path if io.is_remote(path) else f"{path}.new") as file:
+        file.write(text)
+    if not io.is_remote(path):
+        Path(f"{path}.new").replace(path)

@@ -1,0 +1,74 @@
+"""Shared fixtures: tiny models made on the spot, and the real files where UNA_REAL_DATA names them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+REPO = Path(__file__).parents[1]
+sys.path.insert(0, str(REPO / "examples"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random Llama with the demo's byte-level tokenizer and chat template."""
+    import demo
+
+    return Path(demo.tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The directory of real feedback files; skips where there is none."""
+    where = os.environ.get("UNA_REAL_DATA")
+    if not where or not Path(where).is_dir():
+        pytest.skip("UNA_REAL_DATA does not name a directory of real files")
+    return Path(where)
+
+
+@pytest.fixture
+def una():
+    """Run the command line in a process of its own; the result has .returncode, .stdout, .stderr and .json."""
+
+    def call(*args, **kwargs):
+        done = subprocess.run(
+            [sys.executable, "-m", "pipelines.cli", *map(str, args)],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            cwd=kwargs.pop("cwd", REPO),
+            **kwargs,
+        )
+        lines = done.stdout.strip().splitlines()
+        done.json = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None
+        return done
+
+    return call
+
+
+@pytest.fixture
+def una_here(capsys):
+    """Run the command line in this process, which is quicker: returns (exit code, stdout, stderr)."""
+    from pipelines.cli import main
+
+    def call(*args):
+        capsys.readouterr()
+        try:
+            code = main([str(a) for a in args])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def write_jsonl(path: Path, records) -> Path:
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+    return path

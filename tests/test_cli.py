@@ -1,0 +1,130 @@
+"""The command line as documented: every command exists, helps, and tells wrong arguments apart from failed runs."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+from pipelines import cli
+
+DOCUMENTS = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+
+
+def documented():
+    """Every `una …` line of the documents' shell blocks."""
+    for path in DOCUMENTS:
+        for block in re.findall(r"```(?:sh|bash|console)\n(.*?)```", path.read_text("utf-8"), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line.removeprefix("$ "), comments=True)
+                if words[:1] == ["una"]:
+                    yield pytest.param(words[1:], id=f"{path.name}: {' '.join(words)[:60]}")
+
+
+@pytest.mark.parametrize("words", documented())
+def test_documented_commands_parse(words):
+    assert words[0] in cli.COMMANDS
+    if "--help" not in words:
+        cli.parse(words[0], words[1:])
+
+
+def test_documented_make_targets_exist():
+    targets = set(re.findall(r"^(\w+):", (REPO / "Makefile").read_text(), re.MULTILINE))
+    used = {t for path in DOCUMENTS for t in re.findall(r"`make (\w+)|^make (\w+)", path.read_text(), re.MULTILINE)}
+    assert {a or b for a, b in used} <= targets
+    assert {"demo", "test"} <= targets
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_helps_with_examples_and_is_documented(name, una_here):
+    code, out, _ = una_here(name, "--help")
+    assert code == 0
+    assert "examples:" in out
+    assert f"una {name}" in (REPO / "README.md").read_text("utf-8")
+    for example in cli.COMMANDS[name][5].splitlines():
+        words = shlex.split(example)
+        if words[0] == "una":
+            cli.parse(words[1], words[2:])
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["ingest", "x.jsonl"], "--output"),
+        (["ingest", "x.jsonl", "--output", "o", "--tyes", "half"], "did you mean '--ties'"),
+        (["ingest", "x.jsonl", "--output", "o", "--format", "trl-preferense"], "did you mean 'trl-preference'"),
+        (
+            ["ingest", "README.md", "--output", "o", "--runner", "DaskRunner", "--format", "trl-preference"],
+            "loses data",
+        ),
+        (["inspect", "x.jsonl", "--direct_num_workers", "2"], "unknown argument"),
+        (["bogus"], "invalid choice"),
+        (["run", "README.md"], "not valid YAML|mapping"),
+        (["publish", "x", "--output", "o", "--split", "train=2"], "sum to 1"),
+    ],
+)
+def test_wrong_arguments_exit_with_2(una_here, tmp_path, monkeypatch, argv, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    (tmp_path / "README.md").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    code, _, err = una_here(*argv)
+    assert re.search(says, err), err
+    assert code == 2
+    assert "Traceback" not in err
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = """
+import sys
+from pipelines.cli import main
+try:
+    main(["--version"])
+except SystemExit:
+    print([m for m in ("apache_beam", "torch", "vllm", "transformers", "matplotlib") if m in sys.modules])
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
+
+
+# --- imports go one way --------------------------------------------------------------------------
+
+
+def imported(path):
+    """Top-level names a file imports, wherever in it the import stands."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+def modules(package):
+    return sorted((REPO / package).rglob("*.py"))
+
+
+def imports_any(path, packages):
+    return [name for name in imported(path) if name.split(".")[0] in packages]
+
+
+@pytest.mark.parametrize("path", modules("schemas"), ids=str)
+def test_schemas_import_no_other_part(path):
+    assert not imports_any(path, {"pipelines", "una_train", "apache_beam", "vllm", "torch", "transformers"})
+
+
+@pytest.mark.parametrize("path", modules("pipelines"), ids=str)
+def test_pipelines_do_not_import_the_trainer(path):
+    assert not imports_any(path, {"una_train"})
+
+
+@pytest.mark.parametrize("path", modules("una_train"), ids=str)
+def test_the_trainer_needs_neither_beam_nor_vllm_nor_the_pipelines(path):
+    assert not imports_any(path, {"pipelines", "apache_beam", "vllm"})
+
+
+@pytest.mark.parametrize("path", modules("pipelines/converters"), ids=str)
+def test_converters_import_neither_beam_nor_models(path):
+    assert not imports_any(path, {"apache_beam", "vllm", "torch", "transformers"})

@@ -1,0 +1,94 @@
+"""Publishing: splits by prompt, duplicates, order, and what other programs read in the directory."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import write_jsonl
+
+from pipelines import publish
+from schemas.feedback import check, check_comparisons
+from schemas.manifest import Manifest, sha256
+
+
+def shards(directory):
+    return sorted((directory / "data").iterdir())
+
+
+@pytest.fixture
+def rows(una_here, tmp_path):
+    pairs = [{"prompt": f"question {i % 60}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(200)]
+    thumbs = [{"prompt": f"question {i}", "completion": f"good {i}", "label": i % 3 == 0} for i in range(60)]
+    one = write_jsonl(tmp_path / "pairs.jsonl", pairs + pairs[:7])
+    two = write_jsonl(tmp_path / "thumbs.jsonl", thumbs)
+    assert una_here("ingest", one, two, "--output", tmp_path / "rows")[0] == 0
+    return tmp_path / "rows"
+
+
+def test_no_prompt_in_two_splits_no_duplicate_and_prompts_together(una_here, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "SHARD_BYTES", 2000)
+    code, out, err = una_here("publish", rows, "--output", tmp_path / "p", "--split", "train=.8,test=.2", "--json")
+    assert code == 0, err
+    facts = json.loads(out.splitlines()[-1])
+    assert facts["duplicates"] == 14
+    assert facts["inputs"] == facts["accepted"] + facts["duplicates"] == 474
+    assert len(shards(tmp_path / "p")) > 4
+    seen: dict[str, set[str]] = {"train": set(), "test": set()}
+    ids = []
+    for path in shards(tmp_path / "p"):
+        table = pq.read_table(path).replace_schema_metadata(None)
+        check(table)
+        check_comparisons(table)
+        prompts = table["prompt_id"].to_pylist()
+        assert prompts == sorted(prompts)
+        mine = seen[path.name.split("-")[0]]
+        assert not mine & set(prompts)  # a prompt is in one shard only
+        mine |= set(prompts)
+        ids += table["id"].to_pylist()
+    assert not seen["train"] & seen["test"]
+    assert len(seen["train"] | seen["test"]) == 60
+    assert len(ids) == len(set(ids)) == 460
+    assert 0.05 < len(seen["test"]) / 60 < 0.4
+
+
+def test_manifest_datasets_and_duckdb_agree(una_here, rows, tmp_path):
+    import datasets
+    import duckdb
+
+    assert una_here("publish", rows, "--output", tmp_path / "p", "--license", "apache-2.0")[0] == 0
+    manifest = Manifest.read(tmp_path / "p")
+    loaded = datasets.load_dataset(str(tmp_path / "p"), cache_dir=str(tmp_path / "cache"))
+    assert {split: len(d) for split, d in loaded.items()} == manifest.splits
+    assert loaded["train"][0]["prompt"][0]["role"] == "user"
+    counted = duckdb.sql(f"select type, count(*) from '{tmp_path}/p/data/*.parquet' group by type").fetchall()
+    assert dict(counted) == manifest.rows
+    for facts in manifest.files:
+        assert sha256(tmp_path / "p" / facts["path"]) == facts["sha256"]
+    assert (tmp_path / "p/README.md").read_text().startswith("---\nlicense: apache-2.0\n")
+    assert manifest.history[0]["stage"] == "ingest"
+
+
+def test_the_order_of_the_input_does_not_matter(una_here, tmp_path):
+    pairs = [{"prompt": f"question {i}", "chosen": "good", "rejected": "bad"} for i in range(50)]
+    tables = []
+    for name, records in (("a", pairs), ("b", pairs[::-1])):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", records)
+        assert una_here("ingest", path, "--source", "s", "--output", tmp_path / name)[0] == 0
+        assert una_here("publish", tmp_path / name, "--output", tmp_path / f"{name}p")[0] == 0
+        tables.append([pq.read_table(p).to_pylist() for p in shards(tmp_path / f"{name}p")])
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize("split", ["train=0.5", "train", "train=1.5,test=-0.5", "tr-ain=1", "train=0.5,train=0.5"])
+def test_wrong_splits(una_here, rows, tmp_path, split):
+    code, _, err = una_here("publish", rows, "--output", tmp_path / "p", "--split", split)
+    assert (code, "--split" in err) == (2, True)
+
+
+def test_prompt_runs_part_no_prompt():
+    import pyarrow as pa
+
+    ids = pa.chunked_array([["a", "a", "b"], ["b", "c", "d", "d", "d"]])
+    assert list(publish.prompt_runs(ids, 3)) == [(0, 4), (4, 8)]
+    assert list(publish.prompt_runs(ids, 1)) == [(0, 2), (2, 4), (4, 5), (5, 8)]
+    assert list(publish.prompt_runs(ids, 100)) == [(0, 8)]

@@ -1,0 +1,97 @@
+"""`una run`: the chain as one command, skipping what is unchanged."""
+
+import json
+
+import pytest
+import yaml
+from conftest import REPO, write_jsonl
+
+from pipelines import cli, recipe
+from schemas.errors import UsageError
+
+
+@pytest.fixture
+def small(tmp_path, tiny_model):
+    pairs = [{"prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(40)]
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    content = {
+        "output": str(tmp_path / "out"),
+        "model": str(tiny_model),
+        "input": [str(tmp_path / "pairs.jsonl")],
+        "ingest": {"source": "demo"},
+        "publish": {"split": {"train": 0.7, "test": 0.3}},
+        "train": {"max_steps": 2, "batch_size": 4, "learning_rate": 1e-3, "tracker": "none"},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def skipped(out):
+    stages = json.loads(out.strip().splitlines()[-1])["stages"]
+    return {name: s["skipped"] for name, s in stages.items()}
+
+
+def test_stages_run_once_and_again_only_when_something_changed(una_here, small, tmp_path):
+    code, out, err = una_here("run", small, "--json")
+    assert code == 0, err
+    assert skipped(out) == dict.fromkeys(recipe.STAGES, False)
+    assert (tmp_path / "out/train/policy/model.safetensors").is_file()
+    assert "<html" in (tmp_path / "out/report.html").read_text()
+
+    code, out, err = una_here("run", small, "--json")
+    assert skipped(out) == dict.fromkeys(recipe.STAGES, True), err
+
+    code, out, err = una_here("run", small, "--json", "--set", "train.max_steps=1")
+    assert code == 0, err
+    ran = [name for name, skip in skipped(out).items() if not skip]
+    assert ran == ["train", "report"]
+
+    with open(tmp_path / "pairs.jsonl", "a") as file:
+        file.write(json.dumps({"prompt": "one more", "chosen": "a", "rejected": "b"}) + "\n")
+    code, out, err = una_here("run", small, "--json")
+    assert code == 0, err
+    assert not any(skipped(out).values())
+
+
+def test_failed_stage_stops_the_run(una_here, small, tmp_path):
+    with open(tmp_path / "pairs.jsonl", "a") as file:
+        file.write("not json\n" * 10)
+    code, out, err = una_here("run", small, "--json")
+    assert code == 1
+    assert "ingest: 10 of 50 inputs were rejected" in err
+    assert list(json.loads(out.strip().splitlines()[-1])["stages"]) == ["ingest"]
+
+
+def test_a_dataset_alone(una_here, small):
+    argv = ["run", small, "--json", "--set", "reference=false", "--set", "train=false", "--set", "model=null"]
+    code, out, err = una_here(*argv)
+    assert code == 0, err
+    assert list(skipped(out)) == ["ingest", "publish", "report"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("inputs=x", "did you mean 'input'"),
+        ("ingest.tyes=half", "did you mean '--ties'"),
+        ("model=null", "no 'model'"),
+        ("input=null", "no 'input'"),
+        ("reference=5", "mapping"),
+    ],
+)
+def test_wrong_recipes_fail_before_anything_runs(una_here, small, tmp_path, change, says):
+    code, _, err = una_here("run", small, "--set", change)
+    assert (code, says in err) == (2, True), err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "examples").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_recipes_are_valid(path):
+    for stage in recipe.stages(recipe.read(str(path), [])):
+        cli.parse(stage.name, stage.argv)
+
+
+def test_unreadable_recipe():
+    with pytest.raises(UsageError, match="not valid YAML"):
+        recipe.read(str(REPO / "LICENSE"), [])

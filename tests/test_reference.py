@@ -1,0 +1,210 @@
+"""Reference log-probs: both engines against a plain loop over full logits, rejections, and bad input."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow.dataset
+import pytest
+import torch
+from conftest import write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines import engines, reference
+from pipelines.engines.transformers import batches
+from schemas.errors import Reject
+from schemas.feedback import check, check_comparisons
+from schemas.manifest import Manifest
+
+torch.set_num_threads(2)
+
+
+def sequences(seed=0, n=40, vocabulary=300):
+    """Token ids of very unequal lengths, some sharing their prompt."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(8, vocabulary, rng.integers(1, 90)).tolist() for _ in range(n)]
+    prompts[1] = prompts[0]
+    return prompts, [rng.integers(8, vocabulary, rng.integers(1, 60)).tolist() for _ in range(n)]
+
+
+def plain_loop(model_dir, prompts, responses):
+    """One row at a time, all logits, one token at a time."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    found = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response])).logits[0].double()
+        rows = torch.log_softmax(logits, -1)
+        found.append([rows[len(prompt) + i - 1, token].item() for i, token in enumerate(response)])
+    return found
+
+
+def agree(found, expected, tolerance=1e-4):
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == np.float32
+        assert a.shape == (len(b),)
+        np.testing.assert_allclose(a, b, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 200, 8192])
+def test_transformers_engine_equals_a_plain_loop(tiny_model, batch_tokens):
+    prompts, responses = sequences()
+    engine = engines.load("transformers", str(tiny_model), dtype="float32", batch_tokens=batch_tokens, max_length=256)
+    agree(engine.score(prompts, responses), plain_loop(tiny_model, prompts, responses))
+
+
+@pytest.fixture(scope="session")
+def vllm_engine(tiny_model):
+    pytest.importorskip("vllm")
+    return engines.load("vllm", str(tiny_model), dtype="float32", batch_tokens=512, max_length=512)
+
+
+@pytest.mark.vllm
+def test_vllm_engine_equals_the_transformers_engine_and_a_plain_loop(tiny_model, vllm_engine):
+    prompts, responses = sequences()
+    found = vllm_engine.score(prompts, responses)
+    agree(found, plain_loop(tiny_model, prompts, responses))
+    other = engines.load("transformers", str(tiny_model), dtype="float32", batch_tokens=512, max_length=512)
+    for a, b in zip(found, other.score(prompts, responses), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4, rtol=0)
+
+
+@pytest.mark.vllm
+def test_vllm_gives_the_same_again_for_prompts_it_has_seen(vllm_engine):
+    """A prefix cache that answered for the prompt would leave log-probs out."""
+    prompts, responses = sequences(seed=1, n=6)
+    first, second = vllm_engine.score(prompts, responses), vllm_engine.score(prompts, responses)
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_head_with_bias_and_soft_cap_is_honoured(tmp_path):
+    """Only the model itself knows what it does behind the output head; the engine must not skip it."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
+
+    shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0}
+    gemma = Gemma2ForCausalLM(Gemma2Config(**shape, head_dim=8, final_logit_softcapping=2.0))
+    phi = PhiForCausalLM(PhiConfig(**shape))
+    torch.nn.init.normal_(phi.lm_head.bias)
+    prompts, responses = sequences(n=8)
+    for name, model in (("gemma2", gemma), ("phi", phi)):
+        model.save_pretrained(tmp_path / name)
+        engine = engines.load("transformers", str(tmp_path / name), dtype="float32", batch_tokens=300, max_length=256)
+        agree(engine.score(prompts, responses), plain_loop(tmp_path / name, prompts, responses))
+
+
+@given(st.lists(st.integers(1, 300), max_size=50), st.integers(1, 1000))
+def test_batches_cover_every_row_once_within_the_budget(lengths, budget):
+    cut = list(batches(lengths, budget))
+    assert sorted(i for batch in cut for i in batch) == list(range(len(lengths)))
+    for batch in cut:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+
+
+def test_little_of_a_batch_is_padding():
+    lengths = np.random.default_rng(0).integers(64, 512, 2000).tolist()
+    padded = sum(len(b) * max(lengths[i] for i in b) for b in batches(lengths, 8192))
+    assert padded < 1.03 * sum(lengths)
+
+
+@given(st.lists(st.sampled_from(["a", "a", "b", "c", None]), max_size=40), st.integers(1, 7))
+def test_cuts_do_not_part_neighbours_of_a_comparison(comparisons, rows):
+    cuts = reference._cuts(comparisons, rows)
+    assert cuts[0] == 0
+    assert cuts[-1] == len(comparisons)
+    for cut in cuts[1:-1]:
+        assert comparisons[cut] is None or comparisons[cut] != comparisons[cut - 1]
+
+
+# --- the stage -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows(una_here, tmp_path):
+    pairs = [{"prompt": f"q{i}", "chosen": "a good answer", "rejected": "b " * (i * 20 + 1)} for i in range(20)]
+    path = write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    assert una_here("ingest", path, "--output", tmp_path / "rows")[0] == 0
+    return tmp_path / "rows"
+
+
+def read(directory):
+    return pyarrow.dataset.dataset(directory / "data").to_table()
+
+
+def test_stage_writes_checked_rows_in_order_and_the_fingerprint(una_here, rows, tmp_path, tiny_model):
+    code, _, err = una_here("reference", rows, "--model", tiny_model, "--output", tmp_path / "scored", "--json")
+    assert code == 0, err
+    table, before = read(tmp_path / "scored"), read(rows)
+    check(table.replace_schema_metadata(None), scored=True)
+    check_comparisons(table)
+    assert table["id"].equals(before["id"])
+    expected = plain_loop(tiny_model, table["prompt_ids"].to_pylist(), table["response_ids"].to_pylist())
+    for found, want in zip(table["ref_logps"].to_pylist(), expected, strict=True):
+        np.testing.assert_allclose(found, want, atol=1e-4)
+    mark = Manifest.read(tmp_path / "scored").reference
+    assert mark["dtype"] == "float32"
+    assert mark["engine"] == "transformers"
+    assert len(mark["weights"]) == 64
+
+
+def test_long_rows_are_rejected_with_their_partner_and_counted(una_here, rows, tmp_path, tiny_model):
+    argv = ["reference", rows, "--model", tiny_model, "--output", tmp_path / "s", "--max-length", "200", "--json"]
+    code, out, err = una_here(*argv)
+    assert code == 1, err
+    assert "too_long" in err
+    facts = json.loads(out.strip().splitlines()[-1])
+    assert facts["inputs"] == 40 == facts["accepted"] + sum(facts["rejected"].values())
+    assert facts["rejected"]["too_long"] == facts["rejected"]["comparison_incomplete"] > 0
+    check_comparisons(read(tmp_path / "s"))
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        ("model.safetensors", "no weights here"),
+        ("tokenizer.json", "no tokenizer here"),
+        ("chat_template.jinja", "no chat template here"),
+        (None, "no such directory"),
+    ],
+)
+def test_incomplete_models_are_named(una_here, rows, tmp_path, tiny_model, missing, says):
+    broken = tmp_path / "broken"
+    if missing:
+        shutil.copytree(tiny_model, broken)
+        (broken / missing).unlink()
+    code, _, err = una_here("reference", rows, "--model", broken, "--output", tmp_path / "s")
+    assert (code, says in err) == (1, True), err
+    assert not (tmp_path / "s").exists()
+
+
+def test_wrong_inputs_to_the_stage(una_here, rows, tmp_path, tiny_model):
+    def call(*argv):
+        return una_here("reference", *argv, "--output", tmp_path / "s")
+
+    code, _, err = call(tmp_path, "--model", tiny_model)
+    assert (code, "una ingest" in err) == (1, True)
+    code, _, err = call(rows, "--model", tiny_model, "--max-length", "99999")
+    assert (code, "context" in err) == (2, True)
+    next((rows / "data").iterdir()).unlink()
+    code, _, err = call(rows, "--model", tiny_model)
+    assert (code, "missing" in err) == (1, True)
+
+
+def test_a_log_prob_that_is_not_finite_rejects_its_row_and_partner():
+    class Broken:
+        version = "broken"
+
+        def score(self, prompts, responses):
+            return [np.array([-np.inf if i == 1 else -1.0] * len(r), np.float32) for i, r in enumerate(responses)]
+
+    import pyarrow as pa
+
+    table = pa.table({"comparison_id": ["x", "x", None]})
+    chunk = reference.Chunk((0, 0, 0), "f", 1, table, [[1]] * 3, [[2]] * 3, [None] * 3)
+    reference.score(chunk, Broken())
+    assert [w and w.reason for w in chunk.why] == ["comparison_incomplete", "invalid_logprob", None]
+    assert isinstance(chunk.why[1], Reject)
