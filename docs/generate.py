@@ -1,0 +1,78 @@
+"""Rewrites the tables of the documents from the code they describe: `python docs/generate.py`.
+
+A table stands between `<!-- NAME -->` and `<!-- end -->`; a test fails when one is out of date.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pipelines.converters import CONVERTERS
+from schemas.errors import REASONS
+from schemas.feedback import FEEDBACK, REFERENCE_COLUMNS
+from una_train.config import Config
+
+ROOT = Path(__file__).parents[1]
+
+
+def columns() -> str:
+    rows = [
+        f"| `{f.name}` | `{_kind(f.type)}` | {'yes' if f.nullable else 'no'} | {f.metadata[b'description'].decode()} |"
+        for f in (*FEEDBACK, *REFERENCE_COLUMNS)
+    ]
+    return "\n".join(["| column | type | null | meaning |", "|---|---|---|---|", *rows])
+
+
+def _kind(kind: object) -> str:
+    return re.sub(r" not null|element: ", "", str(kind))
+
+
+def formats() -> str:
+    rows = [f"| `{c.name}` | {', '.join(f'`{k}`' for k in c.required)} | {c.feedback} |" for c in CONVERTERS.values()]
+    return "\n".join(["| format | fields | feedback |", "|---|---|---|", *rows])
+
+
+def reasons() -> str:
+    return "\n".join(["| reason | meaning |", "|---|---|", *(f"| `{k}` | {v} |" for k, v in REASONS.items())])
+
+
+def settings() -> str:
+    rows = [
+        f"| `{f.name}` | `{_default(getattr(Config(), f.name))}` | {f.metadata['description']} |"
+        for f in dataclasses.fields(Config)
+    ]
+    return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
+
+
+def _default(value: object) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value).lower()
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "columns": columns,
+    "formats": formats,
+    "reasons": reasons,
+    "settings": settings,
+}
+
+
+def generate(text: str) -> str:
+    """The document with every marked table made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(rf"<!-- ({'|'.join(TABLES)}) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        path.write_text(generate(path.read_text("utf-8")), "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
