@@ -230,7 +230,7 @@ def _lines(of: Range) -> Iterator[Raw]:
 def _array(of: Range) -> Iterator[Raw]:
     """The elements of a JSON array, one at a time: the array is never in memory whole."""
     with open_bytes(of.path) as file:
-        reader = codecs.getreader("utf-8-sig")(file, errors="surrogateescape")
+        reader = codecs.getreader("utf-8-sig")(file, "surrogateescape")
         text, position, done = reader.read(1 << 20).lstrip(), 1, False
         if not text.startswith("["):
             text, done = "[" + text + reader.read() + "]", True  # one object is an array of one
@@ -342,10 +342,16 @@ class PartWriter:
             return None
         self._writer.close()
         self._file.close()
-        with _open_raw(self.path) as file:
-            data = hashlib.file_digest(file, "sha256") if not is_remote(self.path) else hashlib.sha256(file.read())
-            size = file.tell()
-        return {"path": self.path, "rows": self.rows, "bytes": size, "sha256": data.hexdigest()}
+        return {"path": self.path, "rows": self.rows, **_size_and_hash(self.path)}
+
+
+def _size_and_hash(path: str) -> dict[str, Any]:
+    sha, size = hashlib.sha256(), 0
+    with _open_raw(path) as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "sha256": sha.hexdigest()}
 
 
 def create(path: str) -> BinaryIO:

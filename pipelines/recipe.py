@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipelines import cli, dataset, io
+from schemas import settings_file
 from schemas.command import did_you_mean
-from schemas.errors import UsageError, UserError
+from schemas.errors import UsageError
 from schemas.fingerprint import fingerprint, local_model
 from schemas.manifest import sha256
 
@@ -40,21 +39,14 @@ class Stage:
 
 def read(path: str, changes: list[str]) -> dict[str, Any]:
     """The recipe with `--set` changes applied; `UsageError` for what no recipe has."""
-    try:
-        recipe = yaml.safe_load(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(recipe, dict):
-        raise UsageError(f"{path}: a recipe is a mapping with the keys {', '.join(KEYS)}")
+    recipe = settings_file.read(path, "recipe")
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals:
             raise UsageError(f"--set {change}: must look like key=value or stage.key=value")
         *stage, last = key.split(".", 1)
         section = recipe.setdefault(stage[0], {}) if stage else recipe
-        section[last] = yaml.safe_load(value)
+        section[last] = settings_file.parse(value, f"--set {change}")
     for key in recipe:
         if key not in KEYS:
             raise UsageError(f"{path}: unknown key {key!r}{did_you_mean(str(key), KEYS)}")

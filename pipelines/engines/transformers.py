@@ -78,4 +78,5 @@ def load(model: str, *, dtype: str, batch_tokens: int, max_length: int) -> Trans
         net = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), use_safetensors=True)
     except Exception as error:
         raise UserError(f"{model}: the model cannot be loaded ({type(error).__name__}: {error})") from None
-    return TransformersEngine(net.to("cuda" if torch.cuda.is_available() else "cpu"), batch_tokens)
+    net.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    return TransformersEngine(net, batch_tokens)

@@ -55,7 +55,7 @@ def load(model: str, *, dtype: str, batch_tokens: int, max_length: int) -> VllmE
     try:
         llm = LLM(
             model,
-            dtype=dtype,
+            dtype=dtype,  # type: ignore[arg-type]
             max_model_len=max_length + 1,
             max_num_batched_tokens=max(batch_tokens, max_length + 1),
             enable_prefix_caching=False,

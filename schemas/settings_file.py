@@ -1,0 +1,39 @@
+"""YAML as people mean it: `3e-5` is a number, as in YAML 1.2, and what is wrong is a `UsageError`."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from schemas.errors import UsageError
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML follows YAML 1.1, where a number with an exponent needs a dot."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse(text: str, where: str) -> Any:
+    """The value of a YAML text; `where` names it in the error."""
+    try:
+        return yaml.load(text, _Loader)  # a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read(file: str | Path, what: str) -> dict[str, Any]:
+    """The mapping a YAML file holds; `what` says what it should be, such as `recipe`."""
+    try:
+        values = parse(Path(file).read_text("utf-8"), str(file))
+    except OSError as error:
+        raise UsageError(f"{file}: this {what} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{file}: not valid UTF-8, so no {what}") from None
+    if values is not None and not isinstance(values, dict):
+        raise UsageError(f"{file}: a {what} holds `key: value` lines, and this is {type(values).__name__}")
+    return values or {}

@@ -1,0 +1,588 @@
+"""The trainer end to end on a tiny random model, against log-probs computed without any of its code."""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from schemas import feedback
+from schemas.errors import UserError
+from schemas.fingerprint import differences, fingerprint, local_model
+from schemas.manifest import Manifest
+from una_train import config as settings
+from una_train import data, train
+from una_train.logps import response_logps
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+REPO = Path(__file__).parents[1]
+QUICK = ["tracker=none", "batch_size=4", "epochs=1", "eval_every=0", "learning_rate=1e-3"]
+
+
+# --- a model, a dataset, a run -----------------------------------------------------------------
+
+
+def make_model(where: Path, seed: int = 0) -> Path:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    vocab = {token: i for i, token in enumerate(special + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(where)
+    torch.manual_seed(seed)
+    transformers.LlamaForCausalLM(llama_config()).save_pretrained(where)
+    return where
+
+
+def llama_config():
+    return transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+
+
+def make_rows(n: int, seed: int) -> list[feedback.Row]:
+    rng = np.random.default_rng(seed)
+    rows: list[feedback.Row] = []
+    for i in range(n):
+        prompt = [{"role": "user", "content": f"question {seed}-{i} " + "x" * int(rng.integers(0, 30))}]
+        texts = ["good " + "yes " * int(rng.integers(1, 8)), "bad " + "no " * int(rng.integers(1, 8))]
+        rows += feedback.comparison(prompt, *texts, float(rng.choice([1.0, 0.8, 0.5])), source="pairs")
+        rows += feedback.thumb(prompt, texts[i % 2], i % 2 == 0, source="thumbs")
+        rows += feedback.score(prompt, texts[1 - i % 2], float(rng.uniform()), source="scores")
+        if i % 2:
+            rows += feedback.demonstration(prompt, texts[0], source="shown")
+    return rows
+
+
+def plain_logps(model, prompt: list[int], response: list[int]) -> list[float]:
+    """One row, all logits, one token at a time: nothing shared with the trainer."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + response])).logits[0].double()
+    at = len(prompt) - 1
+    return [float(logits[at + k].log_softmax(-1)[token]) for k, token in enumerate(response)]
+
+
+def scored(rows: list[feedback.Row], model_dir: Path) -> pa.Table:
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
+    out = []
+    for row in rows:
+        text = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer(text)["input_ids"]
+        response = tokenizer(row["response"])["input_ids"] + [tokenizer.eos_token_id]
+        ref_logps = [float(np.float32(x)) for x in plain_logps(model, prompt, response)]
+        out.append(
+            {**row, "prompt_ids": prompt, "response_ids": response, "ref_logps": ref_logps, "ref_logp": sum(ref_logps)}
+        )
+    return pa.Table.from_pylist(out, schema=feedback.SCORED)
+
+
+def write_dataset(where: Path, tables: dict[str, pa.Table], reference: dict) -> Path:
+    (where / "data").mkdir(parents=True)
+    for split, table in tables.items():
+        half = table.num_rows // 2
+        for i, part in enumerate([table.slice(0, half), table.slice(half)]):
+            pq.write_table(part, where / "data" / f"{split}-{i:05d}-of-00002.parquet")
+    count = sum(t.num_rows for t in tables.values())
+    (where / "manifest.json").write_text(Manifest("publish", count, count, reference=reference).to_json())
+    return where
+
+
+def print_of(model_dir: Path) -> dict:
+    return fingerprint(model_dir, dtype="float32", engine="transformers", engine_version=transformers.__version__)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tables(model_dir):
+    return {"train": scored(make_rows(12, 1), model_dir), "test": scored(make_rows(5, 2), model_dir)}
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory, model_dir, tables):
+    return write_dataset(tmp_path_factory.mktemp("data") / "set", tables, print_of(model_dir))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def arguments(dataset, model, output, sets=(), *flags) -> list[str]:
+    options = [part for one in sets for part in ("--set", one)]
+    return [str(dataset), "--model", str(model), "--output", str(output), *options, *flags]
+
+
+def una_train(*given) -> dict:
+    """Run the command in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    return train.command(parser.parse_args(arguments(*given)))
+
+
+def subprocess_of(*given, launcher=("-m", "una_train")) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *launcher, *arguments(*given)]
+    return subprocess.Popen(
+        command, cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def metrics(output: Path, split: str | None = None) -> list[dict]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if split in (None, line["split"])]
+
+
+def weights(policy: Path) -> dict[str, torch.Tensor]:
+    return load_file(policy / "model.safetensors")
+
+
+# --- log-probs ---------------------------------------------------------------------------------
+
+ROPE = {"max_position_embeddings": 64}
+SMALL = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, **ROPE,
+}  # fmt: skip
+ARCHITECTURES = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SMALL, tie_word_embeddings=True)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.5, sliding_window=4)
+    ),
+    "cohere": lambda: transformers.CohereForCausalLM(transformers.CohereConfig(**SMALL, logit_scale=0.25)),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_padded_response_logps_equal_full_logits_row_by_row(name):
+    torch.manual_seed(0)
+    model = ARCHITECTURES[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)  # far from uniform, so that the soft-cap matters
+    rng = np.random.default_rng(0)
+    lengths = [(1, 1), (7, 3), (2, 11), (9, 1)]
+    rows = [(rng.integers(0, 50, p).tolist(), rng.integers(0, 50, r).tolist()) for p, r in lengths]
+    zeros = [[0.0] * r for _, r in lengths]
+    table = pa.table({"prompt_ids": [p for p, _ in rows], "response_ids": [r for _, r in rows], "ref_logps": zeros})
+    split = data.Split(
+        table, [(i,) for i in range(4)], np.array([p + r for p, r in lengths]), ["scalar"] * 4, np.zeros(4)
+    )
+    batch = data.collate(split, split.groups)
+    head, shapes = model.get_output_embeddings(), []
+    head.register_forward_hook(lambda _, args, out: shapes.append(tuple(out.shape)))
+    with torch.no_grad():
+        found = response_logps(model, head, batch.input_ids, batch.predicts, batch.targets)
+    assert shapes == [(1, sum(r for _, r in lengths), 50)]  # the head saw response positions only
+    expected = [x for prompt, response in rows for x in plain_logps(model, prompt, response)]
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+    assert len(set(np.round(expected, 3))) > 5
+
+
+# --- invariance --------------------------------------------------------------------------------
+
+
+def step_of(policy, split, groups, config) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of one step over `groups`, as the loop computes them."""
+    policy.zero_grad()
+    head, total = policy.get_output_embeddings(), 0.0
+    for micro in data.micro_batches(groups, split.lengths, config.micro_batch_tokens):
+        batch = data.collate(split, micro)
+        _, losses = train.group_losses(policy, head, batch, config)
+        loss = losses.sum() / len(groups)
+        loss.backward()
+        total += loss.item()
+    return total, torch.cat([p.grad.flatten() for p in policy.parameters()]).double()
+
+
+def test_packing_and_order_change_neither_loss_nor_gradient(model_dir, dataset):
+    split = data.read(dataset, "train")
+    policy = train.load_policy(model_dir, settings.load())
+    expected, gradient = step_of(policy, split, split.groups, settings.load(None, ["micro_batch_tokens=100000"]))
+    for tokens, groups in [(1, split.groups), (300, split.groups[::-1]), (1000, split.groups)]:
+        found, other = step_of(policy, split, groups, settings.load(None, [f"micro_batch_tokens={tokens}"]))
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert float((other - gradient).norm() / gradient.norm()) < 1e-6
+
+
+def test_activation_checkpointing_gives_the_same_gradient(model_dir, dataset):
+    split = data.read(dataset, "train")
+    plain, saving = settings.load(), settings.load(None, ["activation_checkpointing=true"])
+    loss, gradient = step_of(train.load_policy(model_dir, plain).train(), split, split.groups, plain)
+    policy = train.load_policy(model_dir, saving).train()
+    assert policy.is_gradient_checkpointing
+    assert step_of(policy, split, split.groups, saving)[0] == pytest.approx(loss, rel=1e-9)
+    assert torch.allclose(step_of(policy, split, split.groups, saving)[1], gradient, rtol=1e-6, atol=1e-9)
+
+
+def test_every_epoch_sees_every_group_once_and_ranks_share_a_step(dataset):
+    split = data.read(dataset, "train")
+    per_epoch = data.steps_per_epoch(len(split.groups), 5)
+    epochs = [
+        [g for step in range(first, first + per_epoch) for g in data.step_groups(split.groups, 5, 3, step)]
+        for first in (1, per_epoch + 1)
+    ]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(split.groups)
+    assert epochs[0] != epochs[1]
+    shared = [group for rank in range(3) for group in data.share(split.groups, split.lengths, rank, 3)]
+    assert sorted(shared) == sorted(split.groups)
+    for micro in data.micro_batches(split.groups, split.lengths, 200):
+        rows = [row for group in micro for row in group]
+        assert len(micro) == 1 or len(rows) * max(split.lengths[rows]) <= 200
+
+
+def test_learning_rate_rises_falls_and_is_never_zero():
+    for scheduler in ("cosine", "linear", "constant"):
+        config = settings.load(None, [f"scheduler={scheduler}", "learning_rate=1", "warmup_ratio=0.2"])
+        rates = [train.learning_rate(step, 10, config) for step in range(1, 11)]
+        assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+        assert min(rates) > 0
+        assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert train.learning_rate(1, 1, settings.load(None, ["warmup_ratio=1"])) > 0
+
+
+# --- a run -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, model_dir, dataset):
+    """A run of 3 epochs with everything on; several tests read its directory."""
+    torch.set_num_threads(1)
+    output = tmp_path_factory.mktemp("run") / "out"
+    sets = ["batch_size=8", "epochs=3", "learning_rate=5e-3", "beta=0.1", "eval_every=5", "save_every=4"]
+    return output, una_train(dataset, model_dir, output, sets)
+
+
+def test_at_step_zero_the_policy_is_the_reference(run):
+    first = metrics(run[0], "test")[0]
+    assert first["step"] == 0
+    pairs = first["by_type"]["pairwise"]
+    assert pairs["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["by_type"]["binary"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert all(abs(found["implicit_reward"]) < 1e-6 for found in first["by_type"].values())
+
+
+def test_training_learns(run):
+    before, after = metrics(run[0], "test")[0], metrics(run[0], "test")[-1]
+    assert after["loss"] < before["loss"] - 0.05
+    assert after["by_type"]["pairwise"]["accuracy"] == 1
+    assert after["by_type"]["binary"]["implicit_reward"] != 0
+
+
+def test_the_run_directory_holds_what_it_promises(run, dataset):
+    output, summary = run
+    facts = json.loads((output / "run.json").read_text())
+    assert facts["version"] == 1
+    assert facts["steps"] == summary["steps"] == 18  # ceil(42 groups / 8) * 3
+    assert facts["parameters"] == facts["trainable_parameters"] > 10_000
+    assert facts["final"]["test"]["by_type"] == metrics(output, "test")[-1]["by_type"]
+    assert settings.load(output / "config.yaml") == settings.Config(**facts["config"])
+    assert summary["policy"] == str(output / "policy")
+    lines = metrics(output, "train")
+    assert [line["step"] for line in lines] == list(range(1, 19))
+    assert set(lines[0]) == {"step", "epoch", "split", "loss", "lr", "grad_norm", "tokens_per_second", "by_type"}
+    assert sum(t["count"] for t in lines[0]["by_type"].values()) == 8
+    assert [line["step"] for line in metrics(output, "test")] == [0, 5, 10, 15, 18]
+    assert sorted(p.name for p in output.glob("checkpoint-*")) == ["checkpoint-000012", "checkpoint-000016"]
+    assert list((output / "tensorboard").glob("events*"))
+    assert not [path for path in output.iterdir() if path.name.startswith(".")]
+
+
+def test_the_saved_policy_gives_the_predictions(run, tables):
+    output, _ = run
+    policy = transformers.AutoModelForCausalLM.from_pretrained(output / "policy").eval()
+    assert policy.dtype == torch.float32
+    rows = {row["id"]: row for row in tables["test"].to_pylist()}
+    predictions = pq.read_table(output / "predictions.parquet")
+    assert predictions.schema.field("reward").type == predictions.schema.field("implicit_reward").type == pa.float32()
+    assert predictions.schema.field("logratio").type == pa.float64()
+    assert predictions.schema.field("tokens").type == pa.int32()
+    assert sorted(predictions["id"].to_pylist()) == sorted(rows)
+    for found in predictions.to_pylist():
+        row = rows[found["id"]]
+        h = sum(plain_logps(policy, row["prompt_ids"], row["response_ids"])) - row["ref_logp"]
+        assert found["logratio"] == pytest.approx(h, abs=1e-4)
+        assert found["implicit_reward"] == pytest.approx(0.1 * h, abs=1e-4)
+        assert found["tokens"] == len(row["response_ids"])
+        assert (found["type"], found["source"]) == (row["type"], row["source"])
+
+
+def test_the_saved_policy_has_the_models_tokenizer_and_template(run, model_dir):
+    ours, theirs = print_of(run[0] / "policy"), print_of(model_dir)
+    assert (ours["tokenizer"], ours["chat_template"]) == (theirs["tokenizer"], theirs["chat_template"])
+    assert ours["weights"] != theirs["weights"]
+
+
+def test_lora_is_saved_as_an_adapter_or_merged(tmp_path, model_dir, dataset):
+    sets = [*QUICK, "max_steps=3", "lora=true", "lora.r=4"]
+    una_train(dataset, model_dir, tmp_path / "adapter", [*sets, "activation_checkpointing=true"])
+    una_train(dataset, model_dir, tmp_path / "merged", [*sets, "merge_lora=true"])
+    facts = json.loads((tmp_path / "adapter" / "run.json").read_text())
+    assert 0 < facts["trainable_parameters"] < facts["parameters"] / 2
+    assert (tmp_path / "adapter" / "policy" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "adapter" / "policy" / "model.safetensors").exists()
+    found = [pq.read_table(tmp_path / name / "predictions.parquet") for name in ("adapter", "merged")]
+    assert np.allclose(found[0]["logratio"], found[1]["logratio"], atol=1e-4)
+    policy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "policy").eval()
+    split = data.read(dataset, "test")
+    h = train.log_ratios(policy, policy.get_output_embeddings(), data.collate(split, split.groups))
+    assert np.allclose(h.detach(), found[1]["logratio"], atol=1e-4)
+    assert float(h.detach().abs().max()) > 0.01
+    with pytest.raises(UserError, match="LoRA adapter only"):
+        print_of(tmp_path / "adapter" / "policy")
+
+
+def test_bfloat16_trains_and_saves_bfloat16(tmp_path, model_dir, dataset):
+    summary = una_train(dataset, model_dir, tmp_path / "out", [*QUICK, "dtype=bfloat16", "max_steps=4", "save_every=4"])
+    assert math.isfinite(summary["loss"])
+    assert {w.dtype for w in weights(tmp_path / "out" / "policy").values()} == {torch.bfloat16}
+    assert {w.dtype for w in weights(tmp_path / "out/checkpoint-000004/policy").values()} == {torch.float32}
+
+
+def test_a_dataset_without_a_test_split_trains(tmp_path, model_dir, tables):
+    only = write_dataset(tmp_path / "set", {"train": tables["train"]}, print_of(model_dir))
+    summary = una_train(only, model_dir, tmp_path / "out", [*QUICK, "max_steps=2"])
+    assert summary["test"] is None
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["final"] == {"test": None}
+    assert not (tmp_path / "out" / "predictions.parquet").exists()
+
+
+# --- killed, interrupted, continued ------------------------------------------------------------
+
+LONG = ["tracker=none", "batch_size=4", "epochs=6", "save_every=10", "eval_every=25", "learning_rate=1e-3"]
+
+
+def test_a_killed_run_continues_bit_for_bit(tmp_path, model_dir, dataset):
+    una_train(dataset, model_dir, tmp_path / "whole", LONG)
+    killed = subprocess_of(dataset, model_dir, tmp_path / "cut", LONG)
+    while not (tmp_path / "cut" / "checkpoint-000010").exists():
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "cut" / "policy").exists()
+    with pytest.raises(UserError, match=r"continue it with --resume, or replace it with --overwrite"):
+        una_train(dataset, model_dir, tmp_path / "cut", LONG)
+    (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"step": 11, "spl')
+    una_train(dataset, model_dir, tmp_path / "cut", [], "--resume")
+    for file in ("policy/model.safetensors", "predictions.parquet", "config.yaml"):
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    pairs = zip(metrics(tmp_path / "cut"), metrics(tmp_path / "whole"), strict=True)
+    assert all({**a, "tokens_per_second": 0} == {**b, "tokens_per_second": 0} for a, b in pairs)
+    with pytest.raises(UserError, match="holds a complete run"):
+        una_train(dataset, model_dir, tmp_path / "cut", [], "--resume")
+
+
+def interrupt(monkeypatch, after: int) -> None:
+    """Ctrl-C in the middle of a step."""
+    real, calls = data.step_groups, []
+
+    def step_groups(*given):
+        calls.append(given)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(data, "step_groups", step_groups)
+
+
+@pytest.mark.parametrize("lora", [[], ["lora=true"]])
+def test_an_interrupted_run_says_how_to_continue(tmp_path, monkeypatch, model_dir, dataset, lora):
+    sets = [*QUICK, "max_steps=6", "save_every=2", *lora]
+    una_train(dataset, model_dir, tmp_path / "whole", sets)
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=5)
+        with pytest.raises(UserError, match="checkpoint-000004 is intact; continue with --resume"):
+            una_train(dataset, model_dir, tmp_path / "cut", sets)
+    with pytest.raises(UserError, match=r"other seed \(0 then, 5 now\)"):
+        una_train(dataset, model_dir, tmp_path / "cut", [*sets, "seed=5"], "--resume")
+    una_train(dataset, model_dir, tmp_path / "cut", sets, "--resume")
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    assert (tmp_path / "cut/policy" / name).read_bytes() == (tmp_path / "whole/policy" / name).read_bytes()
+
+
+def test_two_processes_give_the_weights_of_one(tmp_path, model_dir, dataset):
+    # 42 groups in steps of 41 and 1, so that one process has nothing to do in every second step
+    sets = [*QUICK, "batch_size=41", "epochs=3", "micro_batch_tokens=200", "save_every=3"]
+    # `accelerate launch` starts several processes on GPUs only, in the same way
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "una_train")
+    two = subprocess_of(dataset, model_dir, tmp_path / "two", sets, "--json", launcher=launcher)
+    una_train(dataset, model_dir, tmp_path / "one", sets)
+    out, err = two.communicate()
+    assert two.returncode == 0, err
+    assert out.count("policy:") == 1
+    assert json.loads(out.splitlines()[-1])["steps"] == 6
+    assert json.loads((tmp_path / "two/run.json").read_text())["processes"] == 2
+    one, other = weights(tmp_path / "one/policy"), weights(tmp_path / "two/policy")
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert {k: t["count"] for k, t in a["by_type"].items()} == {k: t["count"] for k, t in b["by_type"].items()}
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+def changed(model_dir: Path, where: Path) -> Path:
+    return Path(shutil.copytree(model_dir, where))
+
+
+def test_another_template_or_tokenizer_is_named(tmp_path, model_dir, dataset):
+    other = changed(model_dir, tmp_path / "template")
+    (other / "chat_template.jinja").write_text(TEMPLATE + " ")
+    with pytest.raises(UserError, match=r"the chat template .* differ; .*parity_check=false"):
+        una_train(dataset, other, tmp_path / "out", QUICK)
+    other = changed(model_dir, tmp_path / "tokenizer")
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
+    with pytest.raises(UserError, match=r"the tokenizer .* differ"):
+        una_train(dataset, other, tmp_path / "out", QUICK)
+    assert not (tmp_path / "out").exists()
+    una_train(dataset, other, tmp_path / "out", [*QUICK, "max_steps=1", "parity_check=false"])
+
+
+def test_other_weights_are_named(tmp_path, model_dir, dataset):
+    other = changed(model_dir, tmp_path / "model")
+    moved = {name: w + 0.05 for name, w in weights(other).items()}
+    save_file(moved, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"nats per token .* What differs from the reference: the weights \(sha256"):
+        una_train(dataset, other, tmp_path / "out", QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_dtype_is_named(tmp_path, model_dir, dataset):
+    with pytest.raises(UserError, match=r"the dtype \(float32 for the reference, bfloat16 here\)"):
+        una_train(dataset, model_dir, tmp_path / "out", [*QUICK, "dtype=bfloat16", "parity_tolerance=1e-5"])
+
+
+def test_wrong_reference_logps_are_found(tmp_path, model_dir, tables):
+    table = tables["train"]
+    shifted = [[x - 0.01 for x in row] for row in table["ref_logps"].to_pylist()]
+    for name, values in [("ref_logps", shifted), ("ref_logp", [sum(row) for row in shifted])]:
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, feedback.SCORED.field(name), pa.array(values, feedback.SCORED.field(name).type))
+    wrong = write_dataset(tmp_path / "set", {"train": table}, print_of(model_dir))
+    with pytest.raises(UserError, match=r"by 0.01 nats .* nothing in the fingerprint"):
+        una_train(wrong, model_dir, tmp_path / "out", QUICK)
+
+
+def test_an_occupied_output_is_refused_and_overwriting_spares_other_files(tmp_path, model_dir, dataset):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not a run's; choose an empty directory, or add --overwrite"):
+        una_train(dataset, model_dir, output, QUICK)
+    una_train(dataset, model_dir, output, [*QUICK, "max_steps=2", "save_every=1"], "--overwrite")
+    una_train(dataset, model_dir, output, [*QUICK, "max_steps=1"], "--overwrite")
+    assert (output / "thesis.tex").read_text() == "years of work"
+    assert not list(output.glob("checkpoint-*"))
+    assert [line["step"] for line in metrics(output, "train")] == [1]
+    with pytest.raises(UserError, match="give one of them"):
+        una_train(dataset, model_dir, output, QUICK, "--overwrite", "--resume")
+
+
+def test_datasets_that_cannot_be_trained_on(tmp_path, model_dir, tables):
+    table, reference = tables["train"], print_of(model_dir)
+    pairs = table.filter(pa.compute.equal(table["type"], "pairwise"))
+    unlabelled = table.filter(pa.compute.equal(table["type"], "scalar")).to_pylist()
+    unlabelled = [{**row, "type": "unlabelled", "reward": None} for row in unlabelled]
+    beyond = [{**row, "prompt_ids": [300]} for row in table.to_pylist()]
+    cases = [
+        ({"train": table.drop_columns(["ref_logps", "ref_logp"])}, "run `una reference` first"),
+        ({"train": pa.Table.from_pylist(unlabelled, schema=feedback.SCORED)}, "run `una label` first"),
+        ({"train": pairs.slice(1)}, "has not two rows"),
+        ({"test": table}, r"no rows of split train in data/ \(splits: test\)"),
+        ({"train": pa.Table.from_pylist(beyond, schema=feedback.SCORED)}, "holds token 300, and .* has 300"),
+    ]
+    for i, (splits, words) in enumerate(cases):
+        wrong = write_dataset(tmp_path / f"set{i}", splits, reference)
+        with pytest.raises(UserError, match=words):
+            una_train(wrong, model_dir, tmp_path / "out", QUICK)
+    at = table.schema.get_field_index("ref_logp")
+    doubled = table.set_column(at, feedback.SCORED.field("ref_logp"), pa.compute.multiply(table["ref_logp"], 2.0))
+    wrong = write_dataset(tmp_path / "sums", {"train": doubled}, reference)
+    with pytest.raises(UserError, match=r"train-00000.*column ref_logp: .* is not the sum of ref_logps"):
+        una_train(wrong, model_dir, tmp_path / "out", QUICK)
+    (wrong / "data" / "train-00000-of-00002.parquet").write_bytes(b"PAR1 is not enough")
+    with pytest.raises(UserError, match="not readable as parquet"):
+        una_train(wrong, model_dir, tmp_path / "out", QUICK)
+    with pytest.raises(UserError, match="no such directory"):
+        una_train(tmp_path / "nothing", model_dir, tmp_path / "out", QUICK)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rows(tmp_path, monkeypatch, model_dir, dataset, tables):
+    real = train.log_ratios
+
+    def broken(model, head, batch):
+        h = real(model, head, batch)
+        return h * math.nan if model.training and broken.calls.append(1) is None and len(broken.calls) > 2 else h
+
+    broken.calls = []
+    monkeypatch.setattr(train, "log_ratios", broken)
+    with pytest.raises(
+        UserError, match=r"the loss is nan at step 3, in rows [0-9a-f]{32}.*lower learning_rate"
+    ) as error:
+        una_train(dataset, model_dir, tmp_path / "out", [*QUICK, "max_steps=5"])
+    assert any(name in str(error.value) for name in tables["train"]["id"].to_pylist())
+
+
+# --- the fingerprint ---------------------------------------------------------------------------
+
+
+def test_the_fingerprint_is_of_contents(tmp_path, model_dir):
+    other = changed(model_dir, tmp_path / "model")
+    assert differences(print_of(model_dir), print_of(other)) == []
+    template = (other / "chat_template.jinja").read_text()
+    (other / "chat_template.jinja").unlink()
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}, indent=4))
+    assert differences(print_of(model_dir), print_of(other)) == []
+    assert differences(
+        {"dtype": "float32", "versions": {"torch": "1"}}, {"dtype": "bfloat16", "versions": {"torch": "2"}}
+    ) == [
+        "the dtype (float32 for the reference, bfloat16 here)",
+        "torch's version (1 for the reference, 2 here)",
+    ]
+
+
+def test_models_that_are_not_there(tmp_path, model_dir):
+    for name in ("./nothing", "/no/such/model", str(tmp_path / "x")):
+        with pytest.raises(UserError, match="no such directory"):
+            local_model(name)
+    for missing, words in [
+        ("model.safetensors", "no weights here"),
+        ("tokenizer.json", "no tokenizer here"),
+        ("chat_template.jinja", "no chat template here"),
+    ]:
+        other = changed(model_dir, tmp_path / missing)
+        (other / missing).unlink()
+        with pytest.raises(UserError, match=words):
+            print_of(other)

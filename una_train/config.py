@@ -1,0 +1,245 @@
+"""Training settings: a flat dataclass, filled from a YAML file and from `--set key=value`.
+
+Each setting carries its check and its description, so a wrong key, type or value is named with what is
+allowed, and the README's table is generated. Model, dataset and output are arguments, not settings.
+"""
+
+# ruff: noqa: RUF009 - the calls in the dataclass make its fields
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from schemas import settings_file
+from schemas.command import did_you_mean
+from schemas.errors import UsageError
+
+Check = Callable[[Any], Any]  # gives the value back, or raises ValueError saying what is allowed
+
+LORA = {"r": 32, "alpha": 16, "dropout": 0.05, "target": "all-linear"}  # the paper's
+
+
+# --- checks ------------------------------------------------------------------------------------
+
+
+def _number(low: float, high: float = math.inf, above: bool = False) -> Check:
+    allowed = f"a number {'above' if above else 'of at least'} {low:g}" + (
+        f", at most {high:g}" if high < math.inf else ""
+    )
+
+    def check(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(allowed)
+        if not low <= value <= high or (above and value == low):
+            raise ValueError(allowed)
+        return float(value)
+
+    return check
+
+
+def _whole(low: int) -> Check:
+    def check(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"a whole number of at least {low}")
+        return value
+
+    return check
+
+
+def _switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def _one_of(*choices: str) -> Check:
+    def check(value: Any) -> str:
+        if value is None and "none" in choices:
+            return "none"
+        if value not in choices:
+            raise ValueError(f"one of {', '.join(choices)}")
+        return value
+
+    return check
+
+
+def _optional(check: Check) -> Check:
+    def checked(value: Any) -> Any:
+        return None if value is None or value == "none" else check(value)
+
+    return checked
+
+
+def _names(value: Any) -> str | list[str]:
+    if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+        raise ValueError("all-linear, a regular expression, or a list of module names")
+    return value
+
+
+# --- the settings ------------------------------------------------------------------------------
+
+
+def _setting(default: Any, check: Check, description: str) -> Any:
+    return dataclasses.field(default=default, metadata={"check": check, "description": description})
+
+
+def _mapping(default: dict[str, Any], checks: dict[str, Check], description: str, *, spread: bool = False) -> Any:
+    """A setting with named entries; with `spread`, one bare value sets all of them."""
+    return dataclasses.field(
+        default_factory=lambda: dict(default),
+        metadata={"entries": checks, "default": default, "spread": spread, "description": description},
+    )
+
+
+def _per_type(check: Check) -> dict[str, Check]:
+    return dict.fromkeys(("pairwise", "binary", "scalar", "demonstration"), check)
+
+
+@dataclass(frozen=True)
+class Config:
+    beta: dict[str, float] = _mapping(
+        {"pairwise": 0.03, "binary": 0.01, "scalar": 0.03, "demonstration": 0.03},
+        _per_type(_number(0, above=True)),
+        "β of the implicit reward β·h, for all types (`beta=0.1`) or for one (`beta.binary=0.01`)",
+        spread=True,
+    )
+    loss: dict[str, str] = _mapping(
+        {"pairwise": "logistic", "binary": "bce", "scalar": "mse", "demonstration": "mse"},
+        {**_per_type(_one_of("bce", "mse")), "pairwise": _one_of("logistic")},
+        "loss of each type: `logistic` for pairs, `bce` or `mse` for the others",
+    )
+    type_weights: dict[str, float] = _mapping(
+        dict.fromkeys(_per_type(_switch), 1.0),
+        _per_type(_number(0)),
+        "weight of each type's loss in the step's loss",
+        spread=True,
+    )
+    learning_rate: float = _setting(3e-5, _number(0, above=True), "peak learning rate of AdamW")
+    scheduler: str = _setting("cosine", _one_of("cosine", "linear", "constant"), "shape after the warm-up")
+    warmup_ratio: float = _setting(0.1, _number(0, 1), "share of the steps that warm up linearly")
+    epochs: int = _setting(2, _whole(1), "passes over the train split")
+    max_steps: int | None = _setting(None, _optional(_whole(1)), "stop after this many steps")
+    batch_size: int = _setting(
+        32, _whole(1), "groups per step over all processes; a group is a comparison's two rows or one other row"
+    )
+    micro_batch_tokens: int = _setting(
+        8192, _whole(1), "padded tokens per forward pass; changes memory and speed, not results"
+    )
+    weight_decay: float = _setting(0.0, _number(0), "AdamW's, on matrices only")
+    adam_beta1: float = _setting(0.9, _number(0, 1), "AdamW's β₁")
+    adam_beta2: float = _setting(0.999, _number(0, 1), "AdamW's β₂")
+    adam_epsilon: float = _setting(1e-8, _number(0, above=True), "AdamW's ε")
+    max_grad_norm: float = _setting(1.0, _number(0, above=True), "gradients are clipped to this norm")
+    dtype: str = _setting(
+        "auto",
+        _one_of("auto", "float32", "bfloat16"),
+        "dtype of the forward pass; weights and optimizer stay float32; auto: bfloat16 on a GPU that has it",
+    )
+    activation_checkpointing: bool = _setting(False, _switch, "recompute activations in backward: less memory, slower")
+    lora: dict[str, Any] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "entries": {"r": _whole(1), "alpha": _number(0, above=True), "dropout": _number(0, 1), "target": _names},
+            "default": LORA,
+            "spread": False,
+            "description": "train a LoRA adapter; `true`: the paper's r 32, alpha 16, dropout .05, all linear layers",
+        },
+    )
+    merge_lora: bool = _setting(False, _switch, "save the adapter merged into the model")
+    seed: int = _setting(0, _whole(0), "order of the groups, LoRA's initial weights and dropout")
+    eval_every: int = _setting(
+        100, _whole(0), "evaluate on the test split every so many steps; 0: at start and end only"
+    )
+    save_every: int = _setting(100, _whole(0), "write a checkpoint every so many steps; 0: never")
+    keep_checkpoints: int = _setting(2, _whole(1), "how many of the newest checkpoints are kept")
+    log_every: int = _setting(1, _whole(1), "write train metrics every so many steps")
+    tracker: str = _setting(
+        "tensorboard", _one_of("tensorboard", "wandb", "none"), "where metrics go besides metrics.jsonl"
+    )
+    parity_check: bool = _setting(
+        True,
+        _switch,
+        "before training, the policy must give the stored reference log-probs and have the same tokenizer",
+    )
+    parity_tolerance: float | None = _setting(
+        None,
+        _optional(_number(0, above=True)),
+        "largest mean difference in nats per token; default 0.001, or 0.1 when bfloat16 is involved",
+    )
+
+
+# What may change between a run and its continuation, since it does not change the weights.
+FREE_ON_RESUME = {
+    "micro_batch_tokens", "eval_every", "save_every", "keep_checkpoints", "log_every", "tracker",
+    "parity_check", "parity_tolerance", "merge_lora",
+}  # fmt: skip
+
+
+def load(file: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """The settings of a YAML file with `key=value` overrides on top; `UsageError` names what is wrong."""
+    values: dict[str, Any] = {}
+    if file is not None:
+        for key, value in settings_file.read(file, "settings file").items():
+            _put(values, str(key), value, str(file))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UsageError(f"--set {override}: give key=value, such as --set beta=0.1")
+        _put(values, key.strip(), settings_file.parse(text, f"--set {key}"), "--set")
+    return Config(**values)
+
+
+def dump(config: Config) -> str:
+    """The settings as YAML; `load` gives the same settings back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def _put(values: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Check one setting and store it in `values`; `key` may name an entry, as in `beta.binary`."""
+    name, _, entry = key.partition(".")
+    known = {f.name: f for f in dataclasses.fields(Config)}
+    if name not in known:
+        raise UsageError(f"{where}: unknown setting {key!r}{did_you_mean(name, known)}")
+    facts = known[name].metadata
+    if "entries" in facts:
+        before = values.get(name) or dict(facts["default"])
+        values[name] = _entries(before, key, {entry: value} if entry else value, facts, where)
+    elif entry:
+        raise UsageError(f"{where}: unknown setting {key!r}: {name} has no entries; set {name} itself")
+    else:
+        values[name] = _checked(facts["check"], key, value, where)
+
+
+def _entries(before: dict[str, Any], key: str, value: Any, facts: Any, where: str) -> dict[str, Any] | None:
+    name, checks = key.partition(".")[0], facts["entries"]
+    if name == "lora" and not isinstance(value, dict):
+        return _checked(_lora_switch, key, value, where)
+    if facts["spread"] and not isinstance(value, dict):
+        value = dict.fromkeys(checks, value)
+    if not isinstance(value, dict):
+        raise UsageError(f"{where}: {name} is {value!r}; give its entries, such as {name}.binary ({', '.join(checks)})")
+    for entry, one in value.items():
+        if entry not in checks:
+            raise UsageError(f"{where}: unknown setting {name}.{entry}{did_you_mean(str(entry), checks)}")
+        before = {**before, entry: _checked(checks[entry], f"{name}.{entry}", one, where)}
+    return before
+
+
+def _lora_switch(value: Any) -> dict[str, Any] | None:
+    if value in (None, False, "none"):
+        return None
+    if value is not True:
+        raise ValueError(f"none, true, or entries such as lora.r ({', '.join(LORA)})")
+    return dict(LORA)
+
+
+def _checked(check: Check, key: str, value: Any, where: str) -> Any:
+    try:
+        return check(value)
+    except ValueError as error:
+        raise UsageError(f"{where}: {key} is {value!r}; allowed: {error}") from None

@@ -1,0 +1,223 @@
+"""The run directory: what is in it, when it may be written, and how it survives a kill.
+
+Files are written beside their place and renamed, so a name that exists is complete. run.json comes first without
+and last with a final result; a checkpoint is the weights, the optimizer and a step.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+import transformers
+from accelerate import Accelerator
+
+from schemas.errors import UsageError, UserError
+from schemas.fingerprint import fingerprint
+from schemas.manifest import NAME, sha256
+from una_train import config as settings
+from una_train import data, evaluate
+from una_train.config import Config
+from una_train.evaluate import Judged
+
+log = logging.getLogger("una_train")
+
+# what a run writes, and all that --overwrite removes
+RUN_FILES = ("run.json", "config.yaml", "metrics.jsonl", "predictions.parquet", "policy", "tensorboard", "wandb")
+LEFTOVERS = (".checkpoint-*", ".policy", ".run.json", ".predictions.parquet", ".metrics.jsonl", ".config.yaml")
+
+# --- the directory ----------------------------------------------------------------------
+
+
+def check(output: Path, overwrite: bool, resume: bool) -> None:
+    if overwrite and resume:
+        raise UsageError("--overwrite starts anew and --resume continues; give one of them")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: is a file; give a directory for the run")
+    if overwrite or not output.exists() or not any(output.iterdir()):
+        return
+    if not (output / "run.json").is_file():
+        raise UserError(f"{output}: holds files that are not a run's; choose an empty directory, or add --overwrite")
+    if json.loads((output / "run.json").read_text())["final"] is not None:
+        raise UserError(f"{output}: holds a complete run, whose policy is {output / 'policy'}; --overwrite replaces it")
+    if not resume:
+        raise UserError(
+            f"{output}: holds an unfinished run ({len(_checkpoints(output))} checkpoints); "
+            "continue it with --resume, or replace it with --overwrite"
+        )
+
+
+def prepare(output: Path, config: Config, facts: dict[str, Any], checkpoint: Path | None) -> None:
+    """Leave in the output what belongs to the checkpoint, or nothing of an earlier run."""
+    output.mkdir(parents=True, exist_ok=True)
+    remove = [path for pattern in LEFTOVERS for path in output.glob(pattern)]
+    if checkpoint is None:
+        remove += [output / name for name in RUN_FILES] + _checkpoints(output)
+    else:
+        remove += [output / "policy", output / "predictions.parquet"]
+        _trim(output / "metrics.jsonl", json.loads((checkpoint / "checkpoint.json").read_text())["step"])
+    for path in remove:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    write(output / "config.yaml", settings.dump(config))
+    write(output / "run.json", json.dumps(facts, indent=2) + "\n")
+
+
+def _trim(metrics: Path, step: int) -> None:
+    """Drop the lines after `step`: the continued run writes them again."""
+    kept = []
+    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:  # the line the process was killed in
+            break
+    write(metrics, "".join(kept))
+
+
+def write(path: Path, text: str) -> None:
+    temp = path.with_name(f".{path.name}")
+    temp.write_text(text, "utf-8")
+    os.replace(temp, path)
+
+
+def facts_of(model: str, dataset: str, config: Config, model_dir: Path) -> dict[str, Any]:
+    """What run.json says; `final` is null until the run is complete."""
+    version = importlib.metadata.version
+    return {
+        "version": 1,
+        "una_version": _una_version(),
+        "model": model,
+        "model_fingerprint": fingerprint(
+            model_dir, dtype=config.dtype, engine="transformers", engine_version=transformers.__version__
+        ),
+        "dataset": dataset,
+        "dataset_manifest_sha256": sha256(Path(dataset) / NAME),
+        "config": dataclasses.asdict(config),
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")}
+        | {"python": platform.python_version()},
+        "git_commit": _git_commit(),
+        "seconds": 0.0,
+        "final": None,
+    }
+
+
+def _una_version() -> str | None:
+    try:
+        return importlib.metadata.version("una-align")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of this source tree; None when it is installed from a package."""
+    try:
+        asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def check_same_run(output: Path, facts: dict[str, Any]) -> None:
+    """A run is continued with the settings, dataset and model it began with."""
+    if not (output / "run.json").is_file():
+        return
+    before = json.loads((output / "run.json").read_text())
+    changed = [
+        f"{key} ({before['config'].get(key)} then, {value} now)"
+        for key, value in facts["config"].items()
+        if key not in settings.FREE_ON_RESUME and before["config"].get(key) != value
+    ]
+    if before["dataset_manifest_sha256"] != facts["dataset_manifest_sha256"]:
+        changed.append("the dataset's manifest")
+    if before["model_fingerprint"]["weights"] != facts["model_fingerprint"]["weights"]:
+        changed.append("the model's weights")
+    if changed:
+        raise UserError(f"{output}: cannot continue with other {', '.join(changed)}; undo it, or --overwrite")
+
+
+# --- checkpoints -------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    output: Path, step: int, policy: Any, optimizer: torch.optim.Optimizer, seconds: float, keep: int
+) -> None:
+    """Write checkpoint-{step} beside its place and rename it; then drop all but the newest `keep`."""
+    path = output / f"checkpoint-{step:06d}"
+    temp = temporary(path)
+    policy.save_pretrained(temp / "policy")
+    torch.save(optimizer.state_dict(), temp / "optimizer.pt")
+    (temp / "checkpoint.json").write_text(json.dumps({"step": step, "seconds": seconds}) + "\n")
+    os.rename(temp, path)
+    for old in _checkpoints(output)[:-keep]:
+        os.rename(old, temporary(old))  # never half a directory under a checkpoint's name
+        shutil.rmtree(temporary(old, clear=False))
+
+
+def temporary(path: Path, clear: bool = True) -> Path:
+    temp = path.with_name(f".{path.name}")
+    if clear:
+        shutil.rmtree(temp, ignore_errors=True)
+    return temp
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    return (_checkpoints(output) or [None])[-1]  # type: ignore[list-item]
+
+
+# --- results ---------------------------------------------------------------------------------
+
+
+def recorder(accelerator: Accelerator, config: Config, output: Path, done: int) -> Any:
+    """A function that writes one line of metrics.jsonl and tells the trackers; nothing but on the main process."""
+    if config.tracker != "none":
+        name = "tensorboard" if config.tracker == "tensorboard" else "una"
+        options = {"tensorboard": {"purge_step": done + 1}, "wandb": {"dir": str(output)}}
+        accelerator.init_trackers(name, init_kwargs=options)
+
+    def record(step: int, epoch: float, split: str, judged: list[Judged], facts: Mapping[str, float | None]) -> None:
+        if not accelerator.is_main_process:
+            return
+        loss = evaluate.weighted_loss(judged, config.type_weights)
+        by_type = evaluate.by_type(judged, config.beta)
+        line = {"step": step, "epoch": epoch, "split": split, "loss": loss, **facts, "by_type": by_type}
+        with (output / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(evaluate.finite(line)) + "\n")
+        accelerator.log(evaluate.flat({split: {"loss": loss, **facts, **by_type}}), step=step)
+        if split == "test":
+            log.info("step %d: test loss %.4f", step, loss)
+
+    return record
+
+
+def write_predictions(path: Path, split: data.Split, judged: list[Judged], config: Config) -> None:
+    rows = [row for one in judged for row in one.rows]
+    h = np.array([h for one in judged for h in one.logratios])
+    beta = np.array([config.beta[one.type] for one in judged for _ in one.rows])
+    taken = split.rows.take(rows)
+    columns = {name: taken[name] for name in ("id", "type", "source", "comparison_id", "reward")}
+    columns["implicit_reward"] = pa.array((beta * h).astype(np.float32))
+    columns["logratio"] = pa.array(h)
+    columns["tokens"] = pc.list_value_length(taken["response_ids"])
+    pq.write_table(pa.table(columns), path.with_name(f".{path.name}"))
+    os.replace(path.with_name(f".{path.name}"), path)
