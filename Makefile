@@ -5,6 +5,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# threads that wait without spinning: on a busy machine they would slow each other down several times
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: install demo test lint clean
 install: $(INSTALLED)

@@ -65,7 +65,7 @@ def _parser() -> _BeamArgumentParser:
 
 def run(build: Callable[[beam.Pipeline], object], flags: list[str]) -> None:
     """Build a pipeline and run it with Beam's `flags`; what a worker raised as `UserError` is raised here as one."""
-    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what it logs as errors is also raised, below
     chosen = PipelineOptions(flags)
     runner = chosen.view_as(StandardOptions).runner or _LOCAL
     if "dask" in runner.lower():
@@ -84,9 +84,11 @@ def run(build: Callable[[beam.Pipeline], object], flags: list[str]) -> None:
         raise UserError(f"the pipeline ended as {state}; see the runner's log")
 
 
-def _readable(error: Exception) -> Exception:
-    """The `UserError` or disk-full error inside Beam's chain of wrapped texts, else the error itself."""
+def _readable(error: Exception) -> BaseException:
+    """The `UserError`, interrupt or disk-full error inside Beam's chain of wrapped texts, else the error itself."""
     text = str(error)
+    if re.search(r"^KeyboardInterrupt\b", text, re.MULTILINE):
+        return KeyboardInterrupt()
     if isinstance(error, UserError | UsageError):
         return error
     found = re.findall(r"^(?:schemas\.errors\.)?(?:UserError|UsageError): (.+)$", text, re.MULTILINE)

@@ -90,7 +90,9 @@ def _add_up(results: list[Result], manifest: Manifest) -> None:
     splits: Counter[str] = Counter()
     for r in results:
         splits[r["split"]] += sum(r["rows"].values())
-    manifest.splits = {split: n for split, n in sorted(splits.items()) if n}
+    manifest.splits = {
+        split: splits[split] for split in sorted(splits, key=lambda s: (s != "train", s)) if splits[split]
+    }
     lost = manifest.inputs - manifest.accepted - manifest.duplicates - sum(manifest.rejected.values())
     assert lost == 0, f"{lost} of {manifest.inputs} inputs are neither accepted nor rejected"
 
