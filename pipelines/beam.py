@@ -15,6 +15,8 @@ from apache_beam.options.pipeline_options import (
 
 from schemas.errors import UsageError, UserError
 
+# what a worker raised, in the last line of a traceback
+_SAID = re.compile(r"(?:UserError|UsageError|OSError|[A-Z]\w+Error: \[Errno \d+\]):? (.+)$", re.MULTILINE)
 _LOCAL = "FnApiRunner"  # plain DirectRunner would try to download Prism, and then ignores direct_* options
 
 
@@ -63,17 +65,36 @@ def _parser() -> _BeamArgumentParser:
     return parser
 
 
-def run(build: Callable[[beam.Pipeline], object], flags: list[str]) -> None:
-    """Build a pipeline and run it with Beam's `flags`; what a worker raised as `UserError` is raised here as one."""
-    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what it logs as errors is also raised, below
+def check(flags: list[str]) -> None:
+    """`UsageError` for options that no pipeline can run with; called before anything is read or written."""
+    chosen, runner = _chosen(flags)
+    try:
+        beam.Pipeline(runner=runner, options=chosen)
+    except (ValueError, ImportError, AttributeError, RuntimeError, TypeError) as error:
+        raise UsageError(f"Beam's options: {error}") from None
+    if (chosen.view_as(DirectOptions).direct_num_workers or 0) < 0:
+        raise UsageError("--direct_num_workers: must not be negative")
+
+
+def across_processes(flags: list[str]) -> bool:
+    """Whether workers are processes that should share one model."""
+    return PipelineOptions(flags).view_as(DirectOptions).direct_running_mode == "multi_processing"
+
+
+def _chosen(flags: list[str]) -> tuple[PipelineOptions, str]:
     chosen = PipelineOptions(flags)
     runner = chosen.view_as(StandardOptions).runner or _LOCAL
     if "dask" in runner.lower():
         raise UsageError("--runner DaskRunner: refused, it loses data silently and still reports success")
     if runner.rsplit(".", 1)[-1].lower() in ("directrunner", "bundlebaseddirectrunner"):
         runner = _LOCAL
-    if not chosen.view_as(DirectOptions).direct_num_workers:
-        chosen.view_as(DirectOptions).direct_num_workers = 1
+    return chosen, runner
+
+
+def run(build: Callable[[beam.Pipeline], object], flags: list[str]) -> None:
+    """Build a pipeline and run it with Beam's `flags`; what a worker raised as `UserError` is raised here as one."""
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what it logs as errors is also raised, below
+    chosen, runner = _chosen(flags)
     try:
         pipeline = beam.Pipeline(runner=runner, options=chosen)
         build(pipeline)
@@ -91,10 +112,9 @@ def _readable(error: Exception) -> BaseException:
         return KeyboardInterrupt()
     if isinstance(error, UserError | UsageError):
         return error
-    found = re.findall(r"^(?:schemas\.errors\.)?(?:UserError|UsageError): (.+)$", text, re.MULTILINE)
-    if found or "UserError" in text:
-        message = found[-1] if found else text
-        return UserError(re.sub(r" \[while running .*?\]$", "", message))
-    if "No space left on device" in text:
-        return UserError("no space left on the disk; nothing was left behind, free some and run again")
+    if found := _SAID.findall(text):
+        message = re.sub(r" \[while running .*?\]$", "", found[-1])
+        if "No space left on device" in message:
+            return UserError("no space left on the disk; nothing was left behind, free some and run again")
+        return UserError(message)
     return error

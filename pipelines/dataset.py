@@ -5,6 +5,7 @@ lost, names the parts, writes the card and the manifest, and renames the directo
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -14,35 +15,63 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import io
-from schemas.errors import POLICY_REASONS, UserError
+from schemas.errors import POLICY_REASONS, UsageError, UserError
 from schemas.feedback import FEEDBACK, REFERENCE_COLUMNS, SCORED
 from schemas.manifest import NAME, Manifest
+
+LOCK = ".lock"
+_locks: list[Any] = []
 
 Result = dict[str, Any]  # what one unit of work reports; see `result`
 
 
 def staging(output: str) -> str:
     """The directory beside `output` that a stage writes into before it commits."""
+    if not io.is_remote(output):
+        output = os.path.realpath(output)
     head, _, name = output.rstrip("/").rpartition("/")
     return f"{head}/.{name}.incomplete" if head else f"{'/' if output.startswith('/') else ''}.{name}.incomplete"
 
 
-def prepare(output: str, inputs: Iterable[str], overwrite: bool) -> str:
+def refuse(output: str, inputs: Iterable[str]) -> None:
+    """`UsageError` when writing `output` would touch an input, or the output would be read as one."""
+    if io.is_remote(output):
+        return
+    target = Path(output).resolve()
+    for path in [Path.cwd(), Path.home(), *(Path(p).resolve() for p in inputs if not io.is_remote(p))]:
+        if path == target or target in path.parents:
+            raise UsageError(f"--output {output}: cannot be the output, it holds {path}; name another directory")
+    for path in (Path(p).resolve() for p in inputs if os.path.isdir(p)):
+        if path in target.parents:
+            raise UsageError(f"--output {output}: lies inside the input {path}; name a directory outside it")
+
+
+def prepare(output: str, overwrite: bool) -> str:
     """Make an empty staging directory and return it; `UserError` if `output` is taken and not to be overwritten."""
     stage = staging(output)
     if io.is_remote(output):
         if _exists(f"{output}/{NAME}") and not overwrite:
             raise UserError(f"{output}: holds a dataset; pass --overwrite to replace it")
         return stage
-    target = Path(output).resolve()
-    kept = [Path.cwd(), Path.home(), *(Path(p).resolve() for p in inputs if not io.is_remote(p))]
-    if blocked := next((p for p in kept if p == target or target in p.parents), None):
-        raise UserError(f"{output}: cannot be the output, it holds {blocked}; name another directory")
+    target = Path(output)
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
         raise UserError(f"{output}: exists and is not empty; pass --overwrite to replace it, or another --output")
-    shutil.rmtree(stage, ignore_errors=True)  # left by a run that was killed
-    Path(stage).mkdir(parents=True)
+    Path(stage).mkdir(parents=True, exist_ok=True)
+    _lock(stage, output)
+    for left in Path(stage).iterdir():  # by a run that was killed
+        if left.name != LOCK:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     return stage
+
+
+def _lock(stage: str, output: str) -> None:
+    """Hold the staging directory until this process ends, so that two runs never write one output."""
+    lock = open(f"{stage}/{LOCK}", "w")  # noqa: SIM115 - open as long as the process lives
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{output}: another run is writing it; wait for its end, or name another --output") from None
+    _locks.append(lock)
 
 
 def discard(stage: str) -> None:
@@ -118,12 +147,17 @@ def _commit_local(moves: list[tuple[dict[str, Any], str]], texts: dict[str, str]
     shutil.rmtree(Path(stage) / "parts", ignore_errors=True)
     for name, text in texts.items():
         (Path(stage) / name).write_text(text, "utf-8")
-    replaced = Path(f"{stage}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if Path(output).exists():
-        os.rename(output, replaced)
-    os.rename(stage, output)
-    shutil.rmtree(replaced, ignore_errors=True)
+    (Path(stage) / LOCK).unlink()
+    target = Path(os.path.realpath(output))
+    if not target.exists() or not any(target.iterdir()):
+        os.rename(stage, target)
+        return
+    for name in (NAME, "data", "rejected", "README.md", "report.html"):  # the manifest first: now it is no dataset
+        old = target / name
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    for new in sorted(Path(stage).iterdir(), key=lambda p: p.name == NAME):  # and last: now it is one again
+        os.rename(new, target / new.name)
+    os.rmdir(stage)
 
 
 def _commit_remote(moves: list[tuple[dict[str, Any], str]], texts: dict[str, str], output: str) -> None:
@@ -167,6 +201,15 @@ def data_files(directory: str, manifest: Manifest) -> list[str]:
         if not io.is_remote(directory) and (not path.is_file() or path.stat().st_size != facts["bytes"]):
             raise UserError(f"{path}: missing or not as {NAME} recorded it; run the stage that wrote it again")
     return [f"{directory.rstrip('/')}/{f['path']}" for f in listed]
+
+
+def intact(directory: str) -> bool:
+    """Whether the directory holds a whole dataset."""
+    try:
+        manifest = read_manifest(directory)
+        return not manifest.rows or bool(data_files(directory, manifest))
+    except UserError:
+        return False
 
 
 def schema_of(manifest: Manifest) -> Any:

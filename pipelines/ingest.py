@@ -18,7 +18,7 @@ import pyarrow as pa
 from pipelines import dataset, io
 from pipelines.converters import CONVERTERS, LeftOut, Policy, detect, nearest
 from pipelines.converters.base import PAPER_WEIGHTS
-from schemas.command import did_you_mean
+from schemas.command import did_you_mean, share, weights
 from schemas.errors import Reject, UsageError, UserError
 from schemas.feedback import FEEDBACK, REJECTED, Row, check, table
 from schemas.manifest import Manifest
@@ -36,6 +36,7 @@ class Source:
     kind: str
     format: str
     name: str
+    asked: bool = False  # the format was given, not detected
 
 
 # --- understanding a file ------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def understand(path: str, format_name: str | None, source: str | None) -> Source
     kind = io.kind_of(path)
     if format_name is not None and format_name not in CONVERTERS:
         raise UsageError(f"--format {format_name}: no such format{did_you_mean(format_name, CONVERTERS)}")
-    return Source(path, kind, format_name or _detected(path, kind), source or io.stem(path))
+    return Source(path, kind, format_name or _detected(path, kind), source or io.stem(path), bool(format_name))
 
 
 def _sample(path: str, kind: str, n: int) -> list[io.Raw]:
@@ -80,7 +81,16 @@ def convert(raw: io.Raw, source: Source, policy: Policy) -> list[Row | LeftOut]:
         raise raw.value
     if not isinstance(raw.value, dict):
         raise Reject("wrong_shape", f"the record is a {type(raw.value).__name__}, not an object")
+    if not source.asked:
+        _refuse_other_format(raw.value, source.format)
     return CONVERTERS[source.format].convert(raw.value, source.name, policy)
+
+
+def _refuse_other_format(record: dict[str, Any], format_name: str) -> None:
+    """A record that another format fits first would lose what that format says of it, such as its label."""
+    first = next((c.name for c in CONVERTERS.values() if c.matches(record)), format_name)
+    if first != format_name:
+        raise Reject("wrong_shape", f"looks like {first} in a file of {format_name}; pass --format to insist")
 
 
 def convert_range(
@@ -214,7 +224,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="the dataset directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace what --output holds")
     parser.add_argument(
-        "--max-rejected", type=float, default=0.01, metavar="SHARE", help="fail above this share of rejected records"
+        "--max-rejected", type=share, default=0.01, metavar="SHARE", help="fail above this share of rejected records"
     )
     parser.add_argument("--license", default="unknown", metavar="ID", help="licence id for the dataset card")
 
@@ -226,7 +236,7 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ties", choices=("drop", "half"), default="drop", help="half: keep with rewards .5 and .5")
     parser.add_argument(
         "--helpsteer-weights",
-        type=_weights,
+        type=weights,
         default=PAPER_WEIGHTS,
         metavar="NAME=W,…",
         help="default: helpfulness=0.65,correctness=0.8,coherence=0.45, the paper's",
@@ -236,11 +246,13 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _weights(text: str) -> dict[str, float]:
-    try:
-        return {name.strip(): float(w) for name, w in (item.split("=") for item in text.split(","))}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER,…") from None
+def _tell_shared_names(sources: list[Source]) -> None:
+    paths: dict[str, list[str]] = {}
+    for source in sources:
+        paths.setdefault(source.name, []).append(source.path)
+    for name, files in paths.items():
+        if len(files) > 1:
+            log.info("%d files are one source, %r: %s and %s", len(files), name, files[0], files[-1])
 
 
 def _policy(args: argparse.Namespace) -> Policy:
@@ -251,14 +263,15 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     """`una ingest`: returns the summary that `--json` prints."""
     from pipelines import beam
 
-    if not 0 <= args.max_rejected <= 1:
-        raise UsageError(f"--max-rejected {args.max_rejected}: must lie between 0 and 1")
+    output = args.output.rstrip("/") or "/"
+    dataset.refuse(output, args.paths)
     paths = io.expand(args.paths)
     sources = [understand(path, args.format, args.source) for path in paths]
     policy = _policy(args)
     policies = {**dataclasses.asdict(policy), "license": args.license}
-    output = args.output.rstrip("/")
-    stage = dataset.prepare(output, paths, args.overwrite)
+    _tell_shared_names(sources)
+    beam.check(args.beam)
+    stage = dataset.prepare(output, args.overwrite)
     try:
         beam.run(lambda p: build(p, sources, policy, policies, stage, output), args.beam)
     except BaseException:

@@ -11,10 +11,13 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import os
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,6 +27,7 @@ import pyarrow.parquet as pq
 
 from schemas.errors import Reject, UserError
 
+log = logging.getLogger(__name__)
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 RANGE_BYTES = 32 << 20  # a JSONL file is read in ranges of about this size
 GROUP_BYTES = 64 << 20  # a row group holds about this much uncompressed text
@@ -69,7 +73,7 @@ def expand(paths: list[str]) -> list[str]:
             found.append(path)
         else:
             raise UserError(f"{path}: no such file or directory")
-    return list(dict.fromkeys(found))
+    return list({path if is_remote(path) else os.path.realpath(path): path for path in reversed(found)}.values())[::-1]
 
 
 def _match(pattern: str) -> list[str]:
@@ -82,20 +86,26 @@ def _match(pattern: str) -> list[str]:
 
 
 def _in_directory(directory: str) -> list[str]:
-    files = [str(p) for p in sorted(Path(directory).rglob("*")) if p.is_file() and _ending(str(p)) in KINDS]
+    seen = [p for p in sorted(Path(directory).rglob("*")) if p.is_file()]
+    hidden = {p for p in seen if any(part.startswith(".") for part in p.relative_to(directory).parts)}
+    files = [str(p) for p in seen if _ending(str(p)) in KINDS and p not in hidden]
+    if skipped := [str(p) for p in seen if str(p) not in files]:
+        log.info("%s: %d files not read, such as %s", directory, len(skipped), skipped[0])
     if not files:
         raise UserError(f"{directory}: no data in this directory; looked for {', '.join(sorted(KINDS))} (and .gz)")
     return files
 
 
 def _ending(path: str) -> str:
-    return PurePosixPath(path.removesuffix(".gz")).suffix.lower()
+    return PurePosixPath(path.lower().removesuffix(".gz")).suffix
 
 
 def stem(path: str) -> str:
-    """The file's name without its endings: the default name of a source."""
+    """The file's name without its endings and shard number: the default name of a source."""
     name = PurePosixPath(path).name
-    return name.removesuffix(".gz").removesuffix(_ending(path)) or name
+    bare = re.sub(r"(\.gz)?$", "", name, count=1, flags=re.IGNORECASE)
+    bare = bare[: len(bare) - len(_ending(path))]
+    return re.sub(r"-\d{5}-of-\d{5}$", "", bare) or name
 
 
 def open_bytes(path: str) -> BinaryIO:
@@ -124,6 +134,8 @@ def kind_of(path: str) -> str:
     """How a file is laid out, from its first bytes and, where those do not tell, its ending."""
     with open_bytes(path) as file:
         head = _read(path, file, 1 << 16)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path}: the text is UTF-16; save it as UTF-8")
     if head.startswith(b"PAR1"):
         return "parquet"
     if _ending(path) == ".parquet":
@@ -134,7 +146,7 @@ def kind_of(path: str) -> str:
     if _ending(path) in (".csv", ".tsv"):
         return "csv"
     if text[:1] == b"[":
-        return "json"
+        return "jsonl" if _ending(path) in (".jsonl", ".ndjson") and _is_lines(text) else "json"
     if text[:1] == b"{":
         return "jsonl" if _first_line_is_object(text) or _ending(path) != ".json" else "json"
     kind = KINDS.get(_ending(path))
@@ -147,6 +159,12 @@ def _first_line_is_object(text: bytes) -> bool:
     """Tell JSON lines from one pretty-printed object; a first line longer than what was read counts as a line."""
     line, newline, _ = text.partition(b"\n")
     return not newline or isinstance(_parse(line), dict)
+
+
+def _is_lines(text: bytes) -> bool:
+    """Whether text that starts with a list is one value per line, and not one array over all lines."""
+    line, _, rest = text.partition(b"\n")
+    return bool(rest.strip()) and not isinstance(_parse(line), Reject)
 
 
 def _read(path: str, file: BinaryIO, size: int) -> bytes:
@@ -239,6 +257,8 @@ def _array(of: Range) -> Iterator[Raw]:
             while at < len(text) and text[at] in " \t\r\n,":
                 at += 1
             if text[at : at + 1] == "]":
+                if text[at + 1 :].strip() or reader.read(1 << 20).strip():
+                    raise UserError(f"{of.path}: more follows the JSON array; write one array, or one record per line")
                 return
             try:
                 value, end = decoder.raw_decode(text, at)
@@ -261,11 +281,13 @@ def _csv(of: Range) -> Iterator[Raw]:
     csv.field_size_limit(1 << 30)
     with open_bytes(of.path) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-        first = text.readline()
-        delimiter = max(",\t;|", key=first.count)
-        names = next(csv.reader([first], delimiter=delimiter), [])
+        first = next((line for line in text if line.strip()), "")
+        told = re.fullmatch(r"sep=(.)", first.strip())  # Excel's way of naming the delimiter
+        delimiter = told[1] if told else max(",\t;|", key=first.count)
+        rows = csv.DictReader(text if told else chain([first], text), delimiter=delimiter, strict=True)
         try:
-            for position, row in enumerate(csv.DictReader(text, names, delimiter=delimiter, strict=True), 1):
+            _require_distinct(rows.fieldnames or [], of.path)
+            for position, row in enumerate(rows, 1):
                 yield _csv_row(position, row)
         except csv.Error as error:
             raise UserError(f"{of.path}: not valid CSV ({error}); is a quote left open?") from None
@@ -278,6 +300,11 @@ def _csv_row(position: int, row: dict[Any, Any]) -> Raw:
     return Raw(position, payload, row)
 
 
+def _require_distinct(names: Sequence[str], path: str) -> None:
+    if twice := next((name for name in names if list(names).count(name) > 1), None):
+        raise UserError(f"{path}: two columns are called {twice!r}; rename one")
+
+
 def open_parquet(path: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(_open_raw(path))
@@ -288,14 +315,34 @@ def open_parquet(path: str) -> pq.ParquetFile:
 def _parquet(of: Range) -> Iterator[Raw]:
     position = of.first
     with open_parquet(of.path) as file:
+        _require_distinct(file.schema_arrow.names, of.path)
         groups = list(range(of.start, file.num_row_groups if of.stop < 0 else of.stop))
         try:
             for batch in file.iter_batches(batch_size=1000, row_groups=groups):
-                for row in batch.to_pylist():
-                    yield Raw(position, json.dumps(row, default=str).encode(), row)
-                    position += 1
+                yield from _python_rows(batch, position)
+                position += batch.num_rows
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(f"{of.path}: damaged parquet near record {position} ({error})") from None
+
+
+def _python_rows(batch: pa.RecordBatch, position: int) -> Iterator[Raw]:
+    """Rows as Python values; a row that Python cannot hold (a year 146,000, text that is not UTF-8) is rejected."""
+    try:
+        rows: list[Any] = batch.to_pylist()
+    except (ValueError, OverflowError, KeyError):
+        rows = [_python_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
+    for i, row in enumerate(rows):
+        shown = {"unreadable row": row.detail} if isinstance(row, Reject) else row
+        yield Raw(position + i, json.dumps(shown, default=str).encode(), row)
+
+
+def _python_row(row: pa.RecordBatch) -> Any:
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return Reject("invalid_unicode", str(error))
+    except (ValueError, OverflowError, KeyError) as error:
+        return Reject("wrong_type", f"{type(error).__name__}: {error}")
 
 
 # --- writing part files --------------------------------------------------------------------------

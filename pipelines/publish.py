@@ -7,7 +7,9 @@ shuffle), then each shard is put together from its pieces.
 
 import argparse
 import dataclasses
+import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -18,11 +20,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import dataset, io
+from pipelines.beam import check as check_flags
 from pipelines.beam import run
-from schemas.errors import UsageError
+from schemas.command import weights
+from schemas.errors import UsageError, UserError
 from schemas.feedback import check, check_comparisons
 from schemas.manifest import Manifest
 
+log = logging.getLogger(__name__)
 SHARD_BYTES = 256 << 20  # of compressed input per shard
 Shard = tuple[str, int]  # split, number within it
 
@@ -157,33 +162,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", help="a dataset directory made by `una reference` or `una ingest`")
     parser.add_argument("--output", required=True, metavar="DIR", help="the dataset directory to write")
     parser.add_argument(
-        "--split", default="train=0.95,test=0.05", metavar="NAME=SHARE,…", help="shares of the prompts (sum 1)"
+        "--split",
+        type=weights,
+        default={"train": 0.95, "test": 0.05},
+        metavar="NAME=SHARE,…",
+        help="shares of the prompts, which sum to 1 (train=0.95,test=0.05)",
     )
     parser.add_argument("--license", metavar="ID", help="licence id for the dataset card")
     parser.add_argument("--overwrite", action="store_true", help="replace what --output holds")
 
 
-def parse_split(text: str) -> dict[str, float]:
-    """`train=0.95,test=0.05` → shares; `UsageError` unless they are positive and sum to 1."""
-    try:
-        splits = {name.strip(): float(share) for name, share in (item.split("=") for item in text.split(","))}
-    except ValueError:
-        raise UsageError(f"--split {text}: must look like train=0.95,test=0.05") from None
+def check_split(splits: dict[str, float]) -> None:
+    """`UsageError` unless the shares are positive and sum to 1, under names that `datasets` takes."""
+    text = ",".join(f"{name}={share:g}" for name, share in splits.items())
     if not all(share > 0 for share in splits.values()) or abs(sum(splits.values()) - 1) > 1e-9:
         raise UsageError(f"--split {text}: the shares must be positive and sum to 1")
-    if bad := next((name for name in splits if not name.isidentifier()), None):
-        raise UsageError(f"--split {text}: {bad!r} is no name for a split; use letters, digits and _")
-    return splits
+    if bad := next((name for name in splits if not re.fullmatch(r"\w+", name, re.ASCII) or name == "all"), None):
+        raise UsageError(f"--split {text}: {bad!r} is no name for a split; use letters, digits and _, and not all")
 
 
 def command(args: argparse.Namespace) -> dict[str, Any]:
     """`una publish`: returns the summary that `--json` prints."""
-    splits = parse_split(args.split)
+    splits = args.split
+    check_split(splits)
     before = dataset.read_manifest(args.directory)
+    if before.policies.get("split", splits) != splits:
+        raise UserError(
+            f"{args.directory}: already split as {before.policies['split']}, and other shares would move prompts "
+            "between splits; publish what it was made from, or give the same --split"
+        )
     files = dataset.data_files(args.directory, before)
     of = plan(splits, sum(f["bytes"] for f in before.files if f["path"].startswith("data/")))
     output = args.output.rstrip("/")
-    stage = dataset.prepare(output, [args.directory], args.overwrite)
+    check_flags(args.beam)
+    dataset.refuse(output, [args.directory])
+    stage = dataset.prepare(output, args.overwrite)
     policies = {**before.policies, "split": splits, "duplicates": "removed when prompt, response and label are equal"}
     if args.license:
         policies["license"] = args.license
@@ -195,5 +208,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
         dataset.discard(stage)
         raise
     report = dataset.summary(dataset.read_manifest(output), output)
+    if empty := set(splits) - set(report["splits"]):
+        log.warning("%s: too few prompts, nothing fell into split %s", output, ", ".join(sorted(empty)))
     dataset.print_summary(report)
     return report

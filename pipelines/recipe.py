@@ -19,11 +19,12 @@ from schemas import settings_file
 from schemas.command import did_you_mean
 from schemas.errors import UsageError
 from schemas.fingerprint import fingerprint, local_model
-from schemas.manifest import sha256
+from schemas.manifest import NAME, sha256
 
 log = logging.getLogger(__name__)
 STAGES = ("ingest", "reference", "publish", "train", "report")
 KEYS = ("output", "model", "input", *STAGES)
+OURS = ("output", "model", "overwrite", "resume", "json", "help")  # what a stage's section cannot set
 STATE = "stages.json"
 
 
@@ -45,7 +46,11 @@ def read(path: str, changes: list[str]) -> dict[str, Any]:
         if not equals:
             raise UsageError(f"--set {change}: must look like key=value or stage.key=value")
         *stage, last = key.split(".", 1)
-        section = recipe.setdefault(stage[0], {}) if stage else recipe
+        if stage and not isinstance(recipe.get(stage[0]) or {}, dict):
+            raise UsageError(f"--set {change}: {stage[0]} is {recipe[stage[0]]!r} and has no entries")
+        if stage and not recipe.get(stage[0]):
+            recipe[stage[0]] = {}
+        section = recipe[stage[0]] if stage else recipe
         section[last] = settings_file.parse(value, f"--set {change}")
     for key in recipe:
         if key not in KEYS:
@@ -53,6 +58,11 @@ def read(path: str, changes: list[str]) -> dict[str, Any]:
     for key in ("output", "input"):
         if not recipe.get(key):
             raise UsageError(f"{path}: the recipe has no {key!r}")
+    for key, kinds in (("output", str), ("model", str | None), ("input", str | list)):
+        if not isinstance(recipe.get(key), kinds):
+            raise UsageError(f"{path}: {key} is {recipe[key]!r}; it must be text{' or a list' * (key == 'input')}")
+    if not all(isinstance(item, str) for item in recipe["input"]):
+        raise UsageError(f"{path}: input is {recipe['input']!r}; it must be a list of paths")
     return recipe
 
 
@@ -115,6 +125,8 @@ def options(section: Any) -> list[str]:
         raise UsageError(f"a stage's section must be a mapping of its options, or false; got {section!r}")
     argv: list[str] = []
     for key, value in (section or {}).items():
+        if key in OURS:
+            raise UsageError(f"{key} cannot be set for one stage; `una run` sets it")
         name = f"--{str(key).replace('_', '-')}"
         if isinstance(value, dict):
             argv += [name, ",".join(f"{k}={v}" for k, v in value.items())]
@@ -159,7 +171,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     state = _read_state(output)
     summary: dict[str, Any] = {"output": output, "stages": {}}
     for stage, parsed in planned:
-        parsed.beam = args.beam
+        parsed.beam = parsed.beam + args.beam
         summary["stages"][stage.name] = result = _run(stage, parsed, state, output)
         if result.get("failed"):
             summary["failed"] = f"{stage.name}: {result['failed']}"
@@ -170,11 +182,11 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
 def _run(stage: Stage, args: argparse.Namespace, state: dict[str, Any], output: str) -> dict[str, Any]:
     key = _digest([stage.name, stage.argv, stage.inputs()])
     before = state.get(stage.name, {})
-    if before.get("key") == key and before.get("summary") and _present(stage.done):
+    if before.get("key") == key and before.get("summary") and _done(stage):
         log.info("%s: unchanged, skipped", stage.name)
         return {**before["summary"], "skipped": True}
     log.info("%s: una %s %s", stage.name, stage.name, " ".join(stage.argv))
-    args.overwrite = True  # what lies there is this recipe's own, from before something changed
+    args.overwrite = stage.name in state  # then what lies there is this recipe's own, from before something changed
     args.resume = before.get("key") == key  # the same training, cut short: go on from its checkpoint
     state[stage.name] = {"key": key}
     _write_state(output, state)
@@ -184,6 +196,11 @@ def _run(stage: Stage, args: argparse.Namespace, state: dict[str, Any], output: 
         state[stage.name] = {"key": key, "summary": result}
         _write_state(output, state)
     return {**result, "skipped": False}
+
+
+def _done(stage: Stage) -> bool:
+    directory, _, name = stage.done.rpartition("/")
+    return dataset.intact(directory) if name == NAME else _present(stage.done)
 
 
 def _present(path: str) -> bool:

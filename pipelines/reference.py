@@ -23,7 +23,9 @@ import pyarrow as pa
 from apache_beam.ml.inference.base import ModelHandler, RunInference
 
 from pipelines import dataset, engines, io, render
-from pipelines.beam import run
+from pipelines.beam import across_processes, run
+from pipelines.beam import check as check_flags
+from schemas.command import share
 from schemas.errors import Reject, UsageError, UserError
 from schemas.feedback import FEEDBACK, REFERENCE_COLUMNS, REJECTED, SCORED, check
 from schemas.fingerprint import fingerprint, local_model
@@ -44,14 +46,16 @@ class Address:
     stop: int
     first: int  # number of the chunk's first row in its file, from 1
 
+    @property
+    def split(self) -> str:
+        return self.path.rsplit("/", 1)[-1].partition("-")[0]
+
 
 @dataclasses.dataclass
 class Chunk:
     """Rows on their way through the stage; the lists run parallel to `rows`. A rejected row has `why` set."""
 
-    index: tuple[int, int, int]
-    path: str
-    first: int
+    address: Address
     rows: pa.Table
     prompts: list[list[int]]  # token ids
     responses: list[list[int]]  # token ids, end of turn included
@@ -99,7 +103,7 @@ class Render(beam.DoFn):
             rows = file.read_row_group(address.group).slice(address.start, address.stop - address.start)
         rows = rows.cast(FEEDBACK).replace_schema_metadata(None)
         check(rows)
-        chunk = Chunk(address.index, address.path, address.first, rows, [], [], [None] * rows.num_rows)
+        chunk = Chunk(address, rows, [], [], [None] * rows.num_rows)
         columns = zip(rows["prompt"].to_pylist(), rows["response"].to_pylist(), strict=True)
         for i, (prompt, response) in enumerate(columns):
             ids: tuple[list[int], list[int]] = ([], [])
@@ -176,8 +180,8 @@ def score(chunk: Chunk, engine: engines.Engine) -> Chunk:
 
 def write(chunk: Chunk, *, stage: str, facts: dict[str, Any]) -> dataset.Result:
     """Write a chunk's part files and report what became of its rows."""
-    name = "-".join(f"{i:06d}" for i in chunk.index)
-    report = dataset.result(list(chunk.index))
+    name = "-".join(f"{i:06d}" for i in chunk.address.index)
+    report = dataset.result(list(chunk.address.index), split=chunk.address.split)
     good = [i for i, why in enumerate(chunk.why) if why is None]
     data = io.PartWriter(f"{stage}/parts/{name}.data.parquet", SCORED, facts)
     rejects = io.PartWriter(f"{stage}/parts/{name}.rejected.parquet", REJECTED)
@@ -211,8 +215,8 @@ def _refused(chunk: Chunk, i: int, why: Reject) -> dict[str, Any]:
     return {
         "reason": why.reason,
         "detail": why.detail[:500],
-        "source_file": chunk.path.rsplit("/", 1)[-1],
-        "position": chunk.first + i,
+        "source_file": chunk.address.path.rsplit("/", 1)[-1],
+        "position": chunk.address.first + i,
         "part": None,
         "payload": json.dumps(chunk.rows.slice(i, 1).to_pylist()[0], ensure_ascii=False).encode(),
     }
@@ -267,7 +271,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length", type=int, metavar="N", help="reject rows of more tokens (default: 2048, or the model's limit)"
     )
-    parser.add_argument("--max-rejected", type=float, default=0.01, metavar="SHARE")
+    parser.add_argument("--max-rejected", type=share, default=0.01, metavar="SHARE")
     parser.add_argument("--overwrite", action="store_true", help="replace what --output holds")
 
 
@@ -284,7 +288,9 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     longest = max_length(model, args.max_length, args.engine)
     render.load(model)  # a template that cannot work fails here, before any worker starts
     output = args.output.rstrip("/")
-    stage = dataset.prepare(output, [args.directory, model], args.overwrite)
+    check_flags(args.beam)
+    dataset.refuse(output, [args.directory, model])
+    stage = dataset.prepare(output, args.overwrite)
     manifest = before.next(
         "reference",
         policies={**before.policies, "max_length": longest},
@@ -293,7 +299,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     load = partial(
         engines.load, args.engine, model, dtype=args.dtype, batch_tokens=args.batch_tokens, max_length=longest
     )
-    scorer = Scorer(load, across_processes="multi_processing" in args.beam)
+    scorer = Scorer(load, across_processes=across_processes(args.beam))
     try:
         run(lambda p: build(p, files, Render(model, longest), scorer, manifest, stage, output), args.beam)
     except BaseException:

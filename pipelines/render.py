@@ -5,6 +5,7 @@ with P; P and the rest of F are tokenised apart, so the boundary is always a tok
 with the end-of-turn token; what a template writes after that token is not part of it.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import orjson
 from schemas.errors import Reject, UserError
 from schemas.feedback import Message
 
+log = logging.getLogger(__name__)
 _PROBE: list[Message] = [{"role": "user", "content": "x"}]
 _PROBE_ANSWER = "y"
 
@@ -26,6 +28,7 @@ class Renderer:
     end_of_turn: int  # token id that ends an assistant turn
     appended: bool  # the template writes no end-of-turn token, so the tokenizer's EOS is appended
     bos: int | None  # token id that every sequence starts with
+    special: frozenset[str]  # texts that would become special tokens
 
     def ids(self, prompt: list[Message], response: str) -> tuple[list[int], list[int]]:
         """Token ids of prompt and response, end of turn included; `Reject` when they cannot be made faithfully."""
@@ -59,15 +62,15 @@ class Renderer:
     def _ended(self, ids: list[int]) -> list[int]:
         """Cut what the template writes after the end-of-turn token, or append that token where it writes none."""
         if self.end_of_turn in ids:
-            return ids[: len(ids) - ids[::-1].index(self.end_of_turn)]
+            return ids[: ids.index(self.end_of_turn) + 1]
         if not self.appended:
             raise Reject("template_error", "the chat template left this response without an end-of-turn token")
         return [*ids, self.end_of_turn]
 
     def _refuse_special(self, prompt: list[Message], response: str) -> None:
         """Text that spells a special token would become that token: a second BOS, or a turn that ends early."""
-        for text in (response, *(m["content"] for m in prompt)):
-            for token in self.tokenizer.all_special_tokens:
+        for text in (response, *(m["content"] + (m.get("tool_calls") or "") for m in prompt)):
+            for token in self.special:
                 if token in text:
                     raise Reject("special_token_in_text", f"the text holds {token!r}")
 
@@ -75,7 +78,10 @@ class Renderer:
 def _for_template(message: Message) -> dict[str, Any]:
     calls = message.get("tool_calls")
     plain: dict[str, Any] = {"role": message["role"], "content": message["content"]}
-    return {**plain, "tool_calls": orjson.loads(calls)} if calls else plain
+    try:
+        return {**plain, "tool_calls": orjson.loads(calls)} if calls else plain
+    except orjson.JSONDecodeError as error:
+        raise Reject("template_error", f"tool_calls is not valid JSON: {error}") from None
 
 
 def load(model: str | Path) -> Renderer:
@@ -92,13 +98,17 @@ def load(model: str | Path) -> Renderer:
             f"{model}: the tokenizer has no chat template; add a chat_template.jinja to the directory "
             "(chat models ship one; a base model needs one chosen for it)"
         )
-    end_of_turn, appended = _end_of_turn(tokenizer, str(model))
+    if "strftime_now" in str(tokenizer.chat_template):
+        log.warning("%s: the chat template writes today's date, so token ids differ from day to day", model)
+    special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    end_of_turn, appended = _end_of_turn(tokenizer, set(special.values()), str(model))
     adds = tokenizer("")["input_ids"][:1]
     bos = tokenizer.bos_token_id if adds and adds[0] == tokenizer.bos_token_id else None
-    return Renderer(tokenizer, end_of_turn, appended, bos)
+    return Renderer(tokenizer, end_of_turn, appended, bos, frozenset(special))
 
 
-def _end_of_turn(tokenizer: Any, model: str) -> tuple[int, bool]:
+def _end_of_turn(tokenizer: Any, special_ids: set[int], model: str) -> tuple[int, bool]:
     """The first special token after an assistant's text; without one, the tokenizer's EOS, which is appended."""
     try:
         text = tokenizer.apply_chat_template([*_PROBE, {"role": "assistant", "content": _PROBE_ANSWER}], tokenize=False)
@@ -107,7 +117,7 @@ def _end_of_turn(tokenizer: Any, model: str) -> tuple[int, bool]:
     if _PROBE_ANSWER not in text:
         raise UserError(f"{model}: the chat template does not write an assistant's text as it is; mend the template")
     tail = tokenizer(text[text.rindex(_PROBE_ANSWER) + 1 :], add_special_tokens=False)["input_ids"]
-    special = [i for i in tail if i in set(tokenizer.all_special_ids)]
+    special = [i for i in tail if i in special_ids]
     if special:
         return special[0], False
     if tokenizer.eos_token_id is None:

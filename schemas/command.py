@@ -5,6 +5,7 @@ import difflib
 import errno
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -34,7 +35,7 @@ def run(command: Command, args: argparse.Namespace, name: str) -> int:
         if debug:
             raise
         if error.errno == errno.ENOSPC:
-            return _fail(name, f"no space left on the disk ({error.filename or 'output'}); nothing was left behind", 1)
+            return _fail(name, f"no space left on the disk ({error.filename or 'output'}); free some and run again", 1)
         return _fail(name, f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 1)
     if args.json:
         print(json.dumps(summary, ensure_ascii=False, default=str), flush=True)
@@ -54,6 +55,29 @@ def _fail(name: str, message: str, code: int) -> int:
     sys.stdout.flush()
     print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code
+
+
+def share(text: str) -> float:
+    """An argument between 0 and 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number between 0 and 1")
+    return value
+
+
+def weights(text: str) -> dict[str, float]:
+    """An argument such as `train=0.95,test=0.05`: distinct names with finite numbers."""
+    pairs = [item.partition("=")[::2] for item in text.split(",")]
+    try:
+        named = {name.strip(): float(number) for name, number in pairs}
+    except ValueError:
+        named = {}
+    if len(named) < len(pairs) or not all(name and math.isfinite(number) for name, number in named.items()):
+        raise argparse.ArgumentTypeError(f"{text!r} must look like one=0.5,other=0.5, each name once")
+    return named
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

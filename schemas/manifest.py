@@ -52,6 +52,8 @@ class Manifest:
         try:
             facts = json.loads(text)
             version = facts["version"]
+            if not isinstance(version, int):
+                raise TypeError
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{where}: not a una manifest; was it edited by hand?") from None
         if version > VERSION:
@@ -75,7 +77,7 @@ class Manifest:
             raise UserError(f"{directory}: no such directory")
         if not path.is_file():
             raise UserError(f"{directory}: no {NAME} here, so it is no dataset directory; run `una ingest` first")
-        return cls.from_json(path.read_text("utf-8"), str(path))
+        return cls.from_json(path.read_text("utf-8", errors="replace"), str(path))
 
 
 def sha256(path: str | Path) -> str:

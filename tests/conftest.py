@@ -79,5 +79,6 @@ def una_here(capsys):
 
 
 def write_jsonl(path: Path, records) -> Path:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
     return path

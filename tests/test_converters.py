@@ -112,6 +112,12 @@ def test_described_for_people(name):
 UNREADABLE = {
     "judged demonstration": {"prompt": "a", "completion": "b", "score": 0.1},
     "judged alpaca": {"instruction": "a", "output": "b", "rating": 1},
+    "judged in other words": {"prompt": "a", "completion": "b", "thumbs_up": False},
+    "judged in a column of another case": {"instruction": "a", "output": "b", "Label": 0},
+    "judged conversation": {"messages": [], "feedback": "thumbs_down"},
+    "pair with a verdict of its own": {"prompt": "a", "chosen": "b", "rejected": "c", "winner": "rejected"},
+    "pair with a prompt in another column": {"post": "how tall?", "chosen": "I think 3", "rejected": "I think 4"},
+    "pair of texts beside words": {"asked": "how tall?", "chosen": "I think 3", "rejected": "I think 4"},
     "ms-swift": {"messages": [], "rejected_response": "x"},
     "axolotl intel: the prompt is in question": {"system": "s", "question": "q", "chosen": "a", "rejected": "b"},
     "stepwise supervision": {"prompt": "a", "completions": ["b"], "labels": [True]},

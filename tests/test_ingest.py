@@ -221,7 +221,7 @@ def test_output_that_holds_the_input_is_refused(una_here, tmp_path):
     (tmp_path / "out").mkdir()
     path = write_jsonl(tmp_path / "out" / "x.jsonl", [preference(0)])
     code, _, err = una_here("ingest", path, "--output", tmp_path / "out", "--overwrite")
-    assert (code, "cannot be the output" in err, path.exists()) == (1, True, True)
+    assert (code, "cannot be the output" in err, path.exists()) == (2, True, True)
 
 
 def test_inspect_shows_the_format_the_fields_and_three_rows(una_here, tmp_path):
@@ -236,3 +236,91 @@ def test_inspect_shows_the_format_the_fields_and_three_rows(una_here, tmp_path):
     assert facts["sampled"] == 6
     assert "pairwise" in out
     assert "\x1b" not in out
+
+
+# --- what must not be lost or taken for something else -------------------------------------------
+
+
+def test_a_labelled_record_in_a_file_without_labels_is_no_demonstration(una_here, tmp_path):
+    records = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(3)]
+    path = write_jsonl(tmp_path / "x.jsonl", [*records, {"prompt": "p", "completion": "bad", "label": False}])
+    code, out, _ = una_here("ingest", path, "--output", tmp_path / "out", "--max-rejected", "1", "--json")
+    assert code == 0
+    facts = json.loads(out.splitlines()[-1])
+    assert (facts["rows"], facts["rejected"]) == ({"demonstration": 3}, {"wrong_shape": 1})
+    assert "looks like trl_unpaired" in rejected(tmp_path / "out")[0]["detail"]
+
+
+def test_what_follows_a_json_array_is_not_dropped(una_here, tmp_path):
+    lines = "".join(json.dumps([preference(i)]) + "\n" for i in range(3))
+    (tmp_path / "a.json").write_text(lines)
+    code, _, err = una_here("ingest", tmp_path / "a.json", "--output", tmp_path / "out")
+    assert (code, "more follows the JSON array" in err) == (1, True)
+    (tmp_path / "a.jsonl").write_text(json.dumps(preference(0)) + "\n" + lines)
+    code, out, _ = una_here("ingest", tmp_path / "a.jsonl", "--output", tmp_path / "b", "--max-rejected", "1", "--json")
+    assert json.loads(out.splitlines()[-1])["rejected"] == {"wrong_shape": 3}
+
+
+def test_a_file_named_twice_is_read_once_and_shards_are_one_source(una_here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for k in range(2):
+        write_jsonl(tmp_path / "in" / f"train-0000{k}-of-00002.jsonl", [preference(k)])
+    write_jsonl(tmp_path / "in" / ".hidden.jsonl", [preference(9)])
+    argv = ["ingest", "in", "./in/train-00000-of-00002.jsonl", tmp_path / "in", "--output", "out", "--json"]
+    code, out, err = una_here(*argv)
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["inputs"] == 2
+    assert {s["source"] for s in Manifest.read(tmp_path / "out").sources} == {"train"}
+    code, _, err = una_here("ingest", "in", "--output", "in/out")
+    assert (code, "lies inside the input" in err) == (2, True)
+
+
+def test_overwrite_keeps_what_is_not_unas(una_here, tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [preference(0)])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("years of work")
+    assert una_here("ingest", path, "--output", tmp_path / "out")[0] == 1
+    for _ in range(2):
+        assert una_here("ingest", path, "--output", tmp_path / "out", "--overwrite")[0] == 0
+        assert (tmp_path / "out/thesis.txt").read_text() == "years of work"
+        assert Manifest.read(tmp_path / "out").rows == {"pairwise": 2}
+
+
+def test_output_through_a_symlink(una_here, tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [preference(0)])
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for extra in ([], ["--overwrite"]):
+        assert una_here("ingest", path, "--output", tmp_path / "link", *extra)[0] == 0
+        assert (tmp_path / "link").is_symlink()
+        assert Manifest.read(tmp_path / "real").accepted == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real", "x.jsonl"]
+
+
+def test_two_runs_do_not_write_one_output(tmp_path):
+    path = write_jsonl(tmp_path / "big.jsonl", [preference(i) for i in range(150_000)])
+    argv = [sys.executable, "-m", "pipelines.cli", "ingest", str(path), "--output", str(tmp_path / "out")]
+    first = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / ".out.incomplete/.lock").exists() and first.poll() is None:
+        time.sleep(0.01)
+    second = subprocess.run(argv, capture_output=True, text=True)
+    assert (second.returncode, "another run is writing it" in second.stderr) == (1, True)
+    assert first.wait() == 0
+    assert Manifest.read(tmp_path / "out").accepted == 150_000
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--runner", "Nope"],
+        ["--direct_num_workers", "-3"],
+        ["--runner", "DataflowRunner"],
+        ["--direct_num_workers", "x"],
+    ],
+)
+def test_wrong_beam_options(una_here, tmp_path, flags):
+    path = write_jsonl(tmp_path / "x.jsonl", [preference(0)])
+    code, _, err = una_here("ingest", *flags, path, "--output", tmp_path / "out")
+    assert code == 2, err
+    assert "Traceback" not in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.jsonl"]

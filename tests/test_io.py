@@ -131,3 +131,31 @@ def test_part_writer_keeps_a_write_in_one_row_group_and_is_deterministic(tmp_pat
     assert json.loads(file.schema_arrow.metadata[b"una"]) == {"stage": "test"}
     assert io.PartWriter(str(tmp_path / "none.parquet"), FEEDBACK).close() is None
     assert not (tmp_path / "none.parquet").exists()
+
+
+def test_rows_that_python_cannot_hold_are_rejected_alone(tmp_path):
+    texts = pa.array([b"good", b"\xff\xfe", b"fine"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"prompt": texts, "n": [1, 2, 3]}), tmp_path / "x.parquet")
+    found = values(tmp_path / "x.parquet")
+    assert [v.reason if isinstance(v, Reject) else v["prompt"] for v in found] == ["good", "invalid_unicode", "fine"]
+
+
+@pytest.mark.parametrize(
+    ("text", "records"),
+    [
+        ('a,"b\nc"\n1,2\n', [{"a": "1", "b\nc": "2"}]),
+        ("\n\na,b\n1,2\n", [{"a": "1", "b": "2"}]),
+        ("sep=;\na;b\n1;2\n", [{"a": "1", "b": "2"}]),
+        ("a\tb\n1\t2\n", [{"a": "1", "b": "2"}]),
+    ],
+)
+def test_csv_as_spreadsheets_write_it(tmp_path, text, records):
+    (tmp_path / "x.csv").write_text(text)
+    assert values(tmp_path / "x.csv") == records
+
+
+@pytest.mark.parametrize(("name", "data"), [("x.csv", b"a,b,a\n1,2,3\n"), ("x.jsonl", '{"a": 1}'.encode("utf-16"))])
+def test_ambiguous_columns_and_encodings_are_refused(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=r"two columns are called|UTF-16"):
+        values(tmp_path / name)

@@ -92,3 +92,14 @@ def test_prompt_runs_part_no_prompt():
     assert list(publish.prompt_runs(ids, 3)) == [(0, 4), (4, 8)]
     assert list(publish.prompt_runs(ids, 1)) == [(0, 2), (2, 4), (4, 5), (5, 8)]
     assert list(publish.prompt_runs(ids, 100)) == [(0, 8)]
+
+
+def test_splits_survive_scoring_and_are_not_cut_anew(una_here, rows, tmp_path, tiny_model):
+    half = ["--split", "train=0.5,test=0.5"]
+    assert una_here("publish", rows, "--output", tmp_path / "p", *half)[0] == 0
+    assert una_here("reference", tmp_path / "p", "--model", tiny_model, "--output", tmp_path / "r")[0] == 0
+    assert Manifest.read(tmp_path / "r").splits == Manifest.read(tmp_path / "p").splits
+    code, _, err = una_here("publish", tmp_path / "r", "--output", tmp_path / "q", "--split", "train=0.9,test=0.1")
+    assert (code, "already split" in err) == (1, True)
+    assert una_here("publish", tmp_path / "r", "--output", tmp_path / "q", *half)[0] == 0
+    assert Manifest.read(tmp_path / "q").splits == Manifest.read(tmp_path / "p").splits

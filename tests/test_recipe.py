@@ -95,3 +95,31 @@ def test_shipped_recipes_are_valid(path):
 def test_unreadable_recipe():
     with pytest.raises(UsageError, match="not valid YAML"):
         recipe.read(str(REPO / "LICENSE"), [])
+
+
+def test_a_recipe_does_not_replace_what_it_did_not_make(una_here, small, tmp_path):
+    (tmp_path / "out/ingest").mkdir(parents=True)
+    (tmp_path / "out/ingest/mycode.py").write_text("x")
+    code, _, err = una_here("run", small)
+    assert (code, "pass --overwrite" in err) == (1, True)
+    assert (tmp_path / "out/ingest/mycode.py").exists()
+
+
+def test_a_stage_whose_files_are_gone_runs_again(una_here, small, tmp_path):
+    data_only = ["--json", "--set", "reference=false", "--set", "train=false", "--set", "report=false"]
+    assert una_here("run", small, *data_only)[0] == 0
+    for path in (tmp_path / "out/publish/data").iterdir():
+        path.unlink()
+    code, out, err = una_here("run", small, *data_only)
+    assert code == 0, err
+    assert skipped(out) == {"ingest": True, "publish": False}
+    assert list((tmp_path / "out/publish/data").iterdir())
+
+
+@pytest.mark.parametrize(
+    "change", ["output.x=1", "input=5", "input=[1]", "output=[a]", "publish.output=x", "ingest.help=true"]
+)
+def test_recipes_of_wrong_types(una_here, small, change):
+    code, _, err = una_here("run", small, "--set", change)
+    assert code == 2, err
+    assert "Traceback" not in err

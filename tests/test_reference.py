@@ -198,7 +198,7 @@ def test_a_log_prob_that_is_not_finite_rejects_its_row_and_partner():
     import pyarrow as pa
 
     table = pa.table({"comparison_id": ["x", "x", None]})
-    chunk = reference.Chunk((0, 0, 0), "f", 1, table, [[1]] * 3, [[2]] * 3, [None] * 3)
+    chunk = reference.Chunk(reference.Address((0, 0, 0), "f", 0, 0, 3, 1), table, [[1]] * 3, [[2]] * 3, [None] * 3)
     reference.score(chunk, Broken())
     assert [w and w.reason for w in chunk.why] == ["comparison_incomplete", "invalid_logprob", None]
     assert isinstance(chunk.why[1], Reject)

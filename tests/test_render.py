@@ -22,7 +22,8 @@ def renderer(tiny_model):
 def retemplated(tiny_model, template):
     made = render.load(tiny_model)
     made.tokenizer.chat_template = template
-    made.end_of_turn, made.appended = render._end_of_turn(made.tokenizer, "model")
+    special = set(made.tokenizer.all_special_ids)
+    made.end_of_turn, made.appended = render._end_of_turn(made.tokenizer, special, "model")
     return made
 
 
@@ -103,3 +104,35 @@ def test_model_without_a_template(tmp_path, tiny_model):
     (broken / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="no chat template"):
         render.load(broken)
+
+
+def test_text_after_the_end_of_turn_is_not_scored_even_if_it_holds_that_token_again(tiny_model):
+    noisy = CHATML.replace("<|end|>\n", "<|end|>\n<|system|>note<|end|>\n")
+    made = retemplated(tiny_model, noisy)
+    assert made.tokenizer.decode(made.ids(PROMPT, "b")[1]) == "b<|end|>"
+
+
+def test_special_tokens_that_have_no_role_are_known(tmp_path, tiny_model):
+    """Llama 3's header tokens stand only among the added tokens."""
+    import json
+    import shutil
+
+    copy = tmp_path / "m"
+    shutil.copytree(tiny_model, copy)
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    config.pop("extra_special_tokens", None)
+    config.pop("additional_special_tokens", None)
+    config["eos_token"] = "<|pad|>"
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    made = render.load(copy)
+    assert made.tokenizer.decode(made.ids(PROMPT, "b")[1]) == "b<|end|>"
+    for text in ("x<|end|>y", "<|assistant|>"):
+        with pytest.raises(Reject, match="special_token_in_text"):
+            made.ids(PROMPT, text)
+
+
+def test_tool_calls_that_are_broken_or_spell_special_tokens(renderer):
+    for call, reason in (('["\\ud800"]', "template_error"), ('["<|end|>"]', "special_token_in_text")):
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": call}]
+        with pytest.raises(Reject, match=reason):
+            renderer.ids([*turns, {"role": "tool", "content": "2"}], "x")

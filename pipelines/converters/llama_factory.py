@@ -6,10 +6,10 @@ demo files. Other names that a `dataset_info.json` may give are not read. The la
 
 from pipelines.converters.base import Converter, LeftOut, Policy, Record
 from pipelines.converters.messages import (
-    JUDGED,
     answer,
     answered,
     has,
+    judged,
     kept,
     messages,
     needed,
@@ -157,7 +157,7 @@ CONVERTERS = [
     Converter(
         name="sharegpt",
         feedback="demonstration",
-        matches=lambda r: has(r, "conversations") and not JUDGED & r.keys(),
+        matches=lambda r: has(r, "conversations") and not judged(r),
         convert=_sharegpt,
         fields=_WITH_RESPONSE,
         required=("conversations",),
@@ -184,7 +184,7 @@ CONVERTERS = [
     Converter(
         name="alpaca",
         feedback="demonstration",
-        matches=lambda r: has(r, "instruction", "output") and not JUDGED & r.keys(),
+        matches=lambda r: has(r, "instruction", "output") and not judged(r),
         convert=_alpaca,
         fields=_ASKED | {"output": "response with reward 1"},
         required=("instruction", "output"),

@@ -13,13 +13,20 @@ from schemas.feedback import ROLES, Message
 
 # Names that ShareGPT-like files give to the roles.
 _ALIASES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
-# A record with one of these is no mere demonstration: somebody judged it, or it holds a worse answer too.
-JUDGED = frozenset(
-    {"label", "labels", "kto_tag", "score", "scores", "reward", "rating", "preference", "winner"}
-    | {"chosen", "rejected", "rejected_response", "rejected_messages"}
+# A record with a column of such a name is no mere demonstration: somebody judged it, or it holds a worse answer too.
+_JUDGED = re.compile(
+    r"(chosen|rejected|(un)?desirable|good|bad|better|worse|best|worst|winner|label|reward|quality|verdict)s?([_-].*)?"
+    r"|(.*[_-])?(score|rating|rank|star|vote|upvote|downvote|thumb|like|preference|feedback|label|winner|reward)(s|d)?"
+    r"|(kto_tag|thumbs?[_-].*|is[_-](good|bad|preferred|accepted|correct|helpful|safe|chosen)|accepted|preferred)",
+    re.IGNORECASE,
 )
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def judged(record: dict[str, Any], *but: str) -> bool:
+    """Whether a column other than `but` says, by its name, how good a response is."""
+    return any(_JUDGED.fullmatch(key) for key in record if isinstance(key, str) and key not in but)
 
 
 def show(value: Any) -> str:

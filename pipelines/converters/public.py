@@ -261,7 +261,7 @@ CONVERTERS = [
     Converter(
         name="ultrafeedback_binarized",
         feedback="pairwise",
-        matches=lambda r: has(r, "chosen", "rejected") and any(has(r, *names) for names in _RATINGS[:2]),
+        matches=lambda r: has(r, "chosen", "rejected") and _ratings_of(r) is not None,
         convert=_binarized,
         fields={
             "prompt": "prompt; if absent, the turns before the last of chosen and rejected",

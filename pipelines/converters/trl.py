@@ -8,11 +8,11 @@ import re
 
 from pipelines.converters.base import Converter, LeftOut, Policy, Record
 from pipelines.converters.messages import (
-    JUDGED,
     answer,
     answered,
     conversation,
     has,
+    judged,
     kept,
     needed,
     pair,
@@ -26,11 +26,30 @@ from schemas.errors import Reject
 from schemas.feedback import Message, Row, comparison, demonstration, thumb
 
 # A record with one of these beside chosen and rejected has its prompt there, not inside the two.
-_PROMPT_ELSEWHERE = frozenset(("question", "input", "instruction", "query", "context", "history", "conversations"))
+_PROMPT = frozenset(("question", "input", "instruction", "query", "context", "history", "conversations"))
+_PROMPT |= {"post", "article", "title", "text", "user", "messages", "system_prompt", "request", "task"}
+# Columns that hold no prompt, whatever words are in them.
+_FACT = re.compile(
+    r"(.*_)?(id|source|dataset|subset|split|category|type|lang|language|model|domain|tag|comment)s?", re.I
+)
 
 
 def _is_preference(record: Record) -> bool:
-    return has(record, "chosen", "rejected") and ("prompt" in record or not _PROMPT_ELSEWHERE & record.keys())
+    """Without `prompt`, the prompt is inside the two sides, unless another column may hold it."""
+    if not has(record, "chosen", "rejected") or judged(record, "chosen", "rejected", *_POLICIES):
+        return False
+    return "prompt" in record or not any(_may_be_prompt(key, record) for key in record)
+
+
+_POLICIES = ("chosen_model", "rejected_model", "chosen_policy", "rejected_policy")
+
+
+def _may_be_prompt(key: object, record: Record) -> bool:
+    """By its name; or, where the sides are plain texts with no turns to tell apart, by having several words."""
+    if not isinstance(key, str) or key in ("chosen", "rejected", "system", "tools") or _FACT.fullmatch(key):
+        return False
+    value, plain = record[key], isinstance(record["chosen"], str)
+    return key.lower() in _PROMPT or (plain and isinstance(value, str) and len(value.split()) > 1)
 
 
 def _preference(record: Record, source: str, policy: Policy) -> list[Row | LeftOut]:
@@ -124,7 +143,7 @@ CONVERTERS = [
     Converter(
         name="trl_prompt_completion",
         feedback="demonstration",
-        matches=lambda r: has(r, "prompt", "completion") and not JUDGED & r.keys(),
+        matches=lambda r: has(r, "prompt", "completion") and not judged(r),
         convert=_prompt_completion,
         fields={"prompt": "prompt", "completion": "response with reward 1", **_TOOLS},
         required=("prompt", "completion"),
@@ -133,7 +152,7 @@ CONVERTERS = [
     Converter(
         name="trl_messages",
         feedback="demonstration",
-        matches=lambda r: has(r, "messages") and not (JUDGED | {"completion"}) & r.keys(),
+        matches=lambda r: has(r, "messages") and "completion" not in r and not judged(r),
         convert=_messages,
         fields={"messages": "the last assistant turn: response with reward 1; the turns before it: prompt", **_TOOLS},
         required=("messages",),
