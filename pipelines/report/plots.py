@@ -1,0 +1,148 @@
+"""Charts: panels drawn with matplotlib, as one SVG image in a data: URI. matplotlib is imported when one is drawn."""
+
+import base64
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from pipelines.report.page import Block
+from schemas.feedback import TYPES
+
+Panel = Callable[[Any], None]  # draws on a matplotlib axis
+Curve = tuple[str, str | None, np.ndarray, np.ndarray]  # split, type, steps, values
+
+# Okabe & Ito's palette, which colour-blind readers can tell apart
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#777777")
+COLOURS = dict(zip(TYPES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"), strict=True))
+DASHED = {"color": "#333333", "linewidth": 1, "linestyle": (0, (4, 3))}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # the browser draws the text, so any script and emoji appear
+    "svg.hashsalt": "una",  # the same data gives the same bytes
+    "text.parse_math": False,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "legend.frameon": False,
+    "figure.constrained_layout.h_pad": 0.1,
+    "figure.constrained_layout.w_pad": 0.1,
+}
+
+
+def chart(title: str, panels: list[Panel]) -> Block:
+    """Panels two to a row, with one legend below; nothing without panels."""
+    if not panels:
+        return {}
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    columns, rows = min(len(panels), 2), math.ceil(len(panels) / 2)
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # glyphs that matplotlib's own fonts lack: the browser has them
+        figure = Figure(figsize=(10.4, 2.9 * rows + 0.3), layout="constrained")
+        for i, draw in enumerate(panels, 1):
+            axis = figure.add_subplot(rows, columns, i)
+            draw(axis)
+            axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.10g}")
+            axis.yaxis.set_major_formatter(lambda y, _: f"{y:,.10g}")
+        _legend(figure)
+        return {"kind": "chart", "title": title, "src": _svg(figure)}
+
+
+def _legend(figure: Any) -> None:
+    unique: dict[str, Any] = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            unique.setdefault(label, handle)
+    if unique:
+        columns = max(1, min(len(unique), 4, 124 // (8 + max(map(len, unique)))))
+        figure.legend(list(unique.values()), list(unique), loc="outside lower center", ncol=columns)
+
+
+def _svg(figure: Any) -> str:
+    out = io.BytesIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode("ascii")
+
+
+def label(text: str) -> str:
+    """Printable and short; a leading space because matplotlib hides labels that start with "_"."""
+    clean = "".join(c for c in text if c.isprintable())
+    return " " + (clean if len(clean) <= 28 else clean[:27] + "…")
+
+
+def stacked(edges: np.ndarray, stacks: Mapping[str, np.ndarray], colours: Mapping[str, str], **axes: Any) -> Panel:
+    """A histogram of counts, one colour per name."""
+
+    def draw(axis: Any) -> None:
+        bottom = np.zeros(len(edges) - 1)
+        for name, counts in stacks.items():
+            bars = {"color": colours.get(name, PALETTE[-1]), "edgecolor": "white", "linewidth": 0.4}
+            axis.bar(edges[:-1], counts, np.diff(edges), bottom, align="edge", label=label(name), **bars)
+            bottom += counts
+        axis.yaxis.get_major_locator().set_params(integer=True)
+        axis.grid(axis="x", visible=False)
+        axis.set(ylabel="rows", ylim=(0, 1.06 * max(bottom.max(), 1)), **axes)
+        axis.minorticks_off()
+
+    return draw
+
+
+def overlaid(edges: np.ndarray, counts: Mapping[str, np.ndarray], **axes: Any) -> Panel:
+    """Two histograms to compare, one in front of the other, with zero marked."""
+
+    def draw(axis: Any) -> None:
+        for (name, values), colour in zip(counts.items(), (PALETTE[0], PALETTE[5]), strict=True):
+            axis.stairs(values, edges, color=colour, alpha=0.3, fill=True)
+            axis.stairs(values, edges, color=colour, linewidth=1.4, label=name)
+        axis.axvline(0, **DASHED)
+        axis.set(ylabel="rows", **axes)
+
+    return draw
+
+
+def curves(entries: Iterable[Curve], **axes: Any) -> Panel:
+    """Train (pale, and smoothed on top) and test (dashed, dots) over steps, one colour per type."""
+
+    def draw(axis: Any) -> None:
+        for split, kind, steps, values in entries:
+            colour = COLOURS.get(kind, PALETTE[-1]) if kind else PALETTE[0]
+            name = label(f"{kind}, {split}") if kind else None
+            if split == "test" and len(steps):
+                axis.plot(steps, values, "o--", color=colour, markersize=4, linewidth=1.2, label=name)
+            elif np.isfinite(values).any():
+                thin = slice(None, None, max(len(steps) // 500, 1))
+                axis.plot(steps[thin], values[thin], color=colour, alpha=0.25, linewidth=0.8)
+                axis.plot(*smooth(steps, values), color=colour, linewidth=1.8, label=name)
+        axis.set(xlabel="step", **axes)
+
+    return draw
+
+
+def smooth(steps: np.ndarray, values: np.ndarray, points: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """Means over at most `points` equal stretches of the run; stretches without a number are left out."""
+    chunks = zip(np.array_split(steps, points), np.array_split(values, points), strict=True)
+    means = [(s.mean(), np.nanmean(v)) for s, v in chunks if np.isfinite(v).any()]
+    smooth_steps, smooth_values = np.array(means, float).reshape(-1, 2).T
+    return smooth_steps, smooth_values
+
+
+def reliability(points: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Panel:
+    """Rows, mean score and mean reward of every score bin, by type; larger dots hold more rows."""
+
+    def draw(axis: Any) -> None:
+        axis.plot([0, 1], [0, 1], **DASHED)
+        for kind, (rows, score, reward) in points.items():
+            colour = COLOURS.get(kind, PALETTE[-1])
+            axis.plot(score, reward, color=colour, linewidth=1.2, label=label(kind))
+            axis.scatter(score, reward, s=15 + 120 * rows / rows.sum(), color=colour, alpha=0.8, zorder=3)
+        axis.set(xlabel="implicit score", ylabel="mean explicit reward", xlim=(0, 1), ylim=(-0.03, 1.03))
+
+    return draw
