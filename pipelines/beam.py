@@ -3,9 +3,11 @@
 import logging
 import re
 from collections.abc import Callable
+from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
+from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import (
     DirectOptions,
     PipelineOptions,
@@ -40,6 +42,15 @@ class ArrowCoder(beam.coders.Coder):
 
 
 beam.coders.registry.register_coder(pa.Table, ArrowCoder)
+
+
+def count(result: dict[str, Any]) -> dict[str, Any]:
+    """Add a unit's outcome to Beam's counters, which every runner shows while it runs."""
+    for name in ("inputs", "accepted", "duplicates"):
+        Metrics.counter("una", name).inc(result[name])
+    for reason, n in result["rejected"].items():
+        Metrics.counter("una", f"rejected {reason}").inc(n)
+    return result
 
 
 def split_flags(argv: list[str], ours: set[str]) -> tuple[list[str], list[str]]:

@@ -161,6 +161,8 @@ def build(pipeline: Any, sources: list[Source], policy: Policy, policies: dict[s
     """Files → ranges → part files → one commit. Only addresses and counts pass between workers."""
     import apache_beam as beam
 
+    from pipelines.beam import count
+
     facts = {"stage": "ingest", "policies": policies}
     surveyed = (
         pipeline
@@ -172,6 +174,7 @@ def build(pipeline: Any, sources: list[Source], policy: Policy, policies: dict[s
         | "ranges" >> beam.FlatMap(lambda s: s["ranges"])
         | "spread" >> beam.Reshuffle()
         | "convert" >> beam.Map(partial(convert_range, policy=policy, stage=stage, facts=facts))
+        | "count" >> beam.Map(count)
     )
     return (
         pipeline

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from pipelines import dataset, io
 from pipelines.beam import check as check_flags
-from pipelines.beam import run
+from pipelines.beam import count, run
 from schemas.command import weights
 from schemas.errors import UsageError, UserError
 from schemas.feedback import check, check_comparisons
@@ -141,6 +141,7 @@ def build(
         | "cut" >> beam.FlatMap(cut, of=of, schema=schema, stage=stage).with_output_types(tuple[int, tuple[int, str]])
         | "gather" >> beam.GroupByKey()
         | "assemble" >> beam.Map(assemble, of=of, schema=schema, stage=stage, facts=facts)
+        | "count" >> beam.Map(count)
     )
     return (
         pipeline

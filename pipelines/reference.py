@@ -23,7 +23,7 @@ import pyarrow as pa
 from apache_beam.ml.inference.base import ModelHandler, RunInference
 
 from pipelines import dataset, engines, io, render
-from pipelines.beam import across_processes, run
+from pipelines.beam import across_processes, count, run
 from pipelines.beam import check as check_flags
 from schemas.command import share
 from schemas.errors import Reject, UsageError, UserError
@@ -244,6 +244,7 @@ def build(
         | "render" >> beam.ParDo(renderer)
         | "score" >> RunInference(scorer)
         | "write" >> beam.Map(write, stage=stage, facts=facts)
+        | "count" >> beam.Map(count)
     )
     return (
         pipeline

@@ -1,0 +1,56 @@
+"""How Beam is run: flags, the Arrow coder, counters, and a portable runner with workers of its own."""
+
+import apache_beam as beam
+import pyarrow as pa
+import pytest
+from apache_beam.metrics import MetricsFilter
+from conftest import write_jsonl
+
+from pipelines import beam as una_beam
+from pipelines.converters import Policy
+from pipelines.ingest import Source, build
+
+
+def test_flags_of_beam_are_taken_out_wherever_they_stand():
+    argv = ["--direct_num_workers", "2", "a.jsonl", "--output", "o", "--runner=FnApiRunner", "--streaming", "b.jsonl"]
+    flags, rest = una_beam.split_flags(argv, {"--output"})
+    assert flags == ["--direct_num_workers", "2", "--runner=FnApiRunner", "--streaming"]
+    assert rest == ["a.jsonl", "--output", "o", "b.jsonl"]
+
+
+def test_arrow_tables_are_coded_without_what_lies_behind_a_slice():
+    table = pa.table({"x": list(range(100_000))})
+    coder = beam.coders.registry.get_coder(pa.Table)
+    assert isinstance(coder, una_beam.ArrowCoder)
+    encoded = coder.encode(table.slice(10, 5))
+    assert coder.decode(encoded).equals(table.slice(10, 5))
+    assert len(encoded) < 2_000
+
+
+def test_outcomes_are_counted(tmp_path):
+    good = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    path = write_jsonl(tmp_path / "x.jsonl", [good, good, {**good, "chosen": ""}])
+    source = Source(str(path), "jsonl", "trl_preference", "x")
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage/.lock").touch()
+    pipeline = beam.Pipeline(runner="FnApiRunner")
+    build(pipeline, [source], Policy(), {}, str(tmp_path / "stage"), str(tmp_path / "out"))
+    result = pipeline.run()
+    result.wait_until_finish()
+    found = result.metrics().query(MetricsFilter().with_namespace("una"))["counters"]
+    counted = {m.key.metric.name: m.committed for m in found}
+    assert counted == {"inputs": 3, "accepted": 2, "duplicates": 0, "rejected empty_response": 1}
+
+
+@pytest.mark.parametrize("runner", ["DirectRunner", "FnApiRunner"])
+def test_direct_runner_is_the_local_one(una_here, tmp_path, runner):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
+    assert una_here("ingest", path, "--output", tmp_path / "out", "--runner", runner)[0] == 0
+
+
+def test_a_portable_runner_with_loopback_workers(una, tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(50)])
+    flags = ["--runner", "PortableRunner", "--job_endpoint", "embed", "--environment_type", "LOOPBACK"]
+    done = una("ingest", path, "--output", tmp_path / "out", *flags, "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.json["rows"] == {"pairwise": 100}
