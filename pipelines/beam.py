@@ -15,6 +15,7 @@ from apache_beam.options.pipeline_options import (
     _BeamArgumentParser,
 )
 
+from pipelines import dataset
 from schemas.errors import UsageError, UserError
 
 # what a worker raised, in the last line of a traceback
@@ -114,6 +115,30 @@ def run(build: Callable[[beam.Pipeline], object], flags: list[str]) -> None:
         raise _readable(error) from error
     if state not in ("DONE", None):
         raise UserError(f"the pipeline ended as {state}; see the runner's log")
+
+
+def once(pipeline: beam.Pipeline, function: Callable[..., None], *collections: beam.PCollection, **facts: Any) -> Any:
+    """Call `function(list, …, **facts)` one time, with everything each collection holds, when all of it is there."""
+    lists = [beam.pvalue.AsList(c) for c in collections]
+    return (
+        pipeline
+        | "once" >> beam.Create([None])
+        | "commit" >> beam.Map(lambda _, *found: function(*found, **facts), *lists)
+    )
+
+
+def run_stage(
+    build: Callable[[beam.Pipeline], object], flags: list[str], stage: str, output: str, max_rejected: float = 1.0
+) -> dict[str, Any]:
+    """Run a stage's pipeline, print and return its summary; when it fails, nothing is left of it."""
+    try:
+        run(build, flags)
+    except BaseException:
+        dataset.discard(stage)
+        raise
+    report = dataset.summary(dataset.read_manifest(output), output, max_rejected)
+    dataset.print_summary(report)
+    return report
 
 
 def _readable(error: Exception) -> BaseException:

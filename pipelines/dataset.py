@@ -110,6 +110,13 @@ def commit(results: list[Result], manifest: Manifest, stage: str, output: str) -
     return manifest
 
 
+def commit_all(results: list[Result], *, manifest: Manifest, stage: str, output: str) -> None:
+    """Commit a stage whose inputs are rows, after counting that every one of them was read."""
+    found = sum(r["inputs"] for r in results)
+    assert found == manifest.inputs, f"{found} of {manifest.inputs} rows were read"
+    commit(results, manifest, stage, output)
+
+
 def _add_up(results: list[Result], manifest: Manifest) -> None:
     for name in ("rejected", "rejected_parts", "rows"):
         setattr(manifest, name, dict(sorted(sum((Counter(r[name]) for r in results), Counter()).items())))

@@ -161,7 +161,7 @@ def build(pipeline: Any, sources: list[Source], policy: Policy, policies: dict[s
     """Files → ranges → part files → one commit. Only addresses and counts pass between workers."""
     import apache_beam as beam
 
-    from pipelines.beam import count
+    from pipelines.beam import count, once
 
     facts = {"stage": "ingest", "policies": policies}
     surveyed = (
@@ -176,19 +176,7 @@ def build(pipeline: Any, sources: list[Source], policy: Policy, policies: dict[s
         | "convert" >> beam.Map(partial(convert_range, policy=policy, stage=stage, facts=facts))
         | "count" >> beam.Map(count)
     )
-    return (
-        pipeline
-        | "once" >> beam.Create([None])
-        | "commit"
-        >> beam.Map(
-            _commit,
-            beam.pvalue.AsList(surveyed),
-            beam.pvalue.AsList(results),
-            policies=policies,
-            stage=stage,
-            output=output,
-        )
-    )
+    return once(pipeline, _commit, surveyed, results, policies=policies, stage=stage, output=output)
 
 
 def _survey(item: tuple[int, Source]) -> dict[str, Any]:
@@ -199,7 +187,6 @@ def _survey(item: tuple[int, Source]) -> dict[str, Any]:
 
 
 def _commit(
-    _: None,
     surveyed: list[dict[str, Any]],
     results: list[dataset.Result],
     *,
@@ -275,14 +262,9 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     _tell_shared_names(sources)
     beam.check(args.beam)
     stage = dataset.prepare(output, args.overwrite)
-    try:
-        beam.run(lambda p: build(p, sources, policy, policies, stage, output), args.beam)
-    except BaseException:
-        dataset.discard(stage)
-        raise
-    report = dataset.summary(dataset.read_manifest(output), output, args.max_rejected)
-    dataset.print_summary(report)
-    return report
+    return beam.run_stage(
+        lambda p: build(p, sources, policy, policies, stage, output), args.beam, stage, output, args.max_rejected
+    )
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from pipelines import dataset, io
 from pipelines.beam import check as check_flags
-from pipelines.beam import count, run
+from pipelines.beam import count, once, run_stage
 from schemas.command import weights
 from schemas.errors import UsageError, UserError
 from schemas.feedback import check, check_comparisons
@@ -143,16 +143,7 @@ def build(
         | "assemble" >> beam.Map(assemble, of=of, schema=schema, stage=stage, facts=facts)
         | "count" >> beam.Map(count)
     )
-    return (
-        pipeline
-        | "once" >> beam.Create([None])
-        | "commit" >> beam.Map(_commit, beam.pvalue.AsList(results), manifest=manifest, stage=stage, output=output)
-    )
-
-
-def _commit(_: None, results: list[dataset.Result], *, manifest: Manifest, stage: str, output: str) -> None:
-    assert sum(r["inputs"] for r in results) == manifest.inputs, "not every row was read"
-    dataset.commit(results, manifest, stage, output)
+    return once(pipeline, dataset.commit_all, results, manifest=manifest, stage=stage, output=output)
 
 
 # --- command -------------------------------------------------------------------------------------
@@ -203,13 +194,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
         policies["license"] = args.license
     manifest = before.next("publish", policies=policies)
     schema = dataset.schema_of(before)
-    try:
-        run(lambda p: build(p, files, of, schema, manifest, stage, output), args.beam)
-    except BaseException:
-        dataset.discard(stage)
-        raise
-    report = dataset.summary(dataset.read_manifest(output), output)
+    report = run_stage(lambda p: build(p, files, of, schema, manifest, stage, output), args.beam, stage, output)
     if empty := set(splits) - set(report["splits"]):
         log.warning("%s: too few prompts, nothing fell into split %s", output, ", ".join(sorted(empty)))
-    dataset.print_summary(report)
     return report

@@ -23,7 +23,7 @@ import pyarrow as pa
 from apache_beam.ml.inference.base import ModelHandler, RunInference
 
 from pipelines import dataset, engines, io, render
-from pipelines.beam import across_processes, count, run
+from pipelines.beam import across_processes, count, once, run_stage
 from pipelines.beam import check as check_flags
 from schemas.command import share
 from schemas.errors import Reject, UsageError, UserError
@@ -246,16 +246,7 @@ def build(
         | "write" >> beam.Map(write, stage=stage, facts=facts)
         | "count" >> beam.Map(count)
     )
-    return (
-        pipeline
-        | "once" >> beam.Create([None])
-        | "commit" >> beam.Map(_commit, beam.pvalue.AsList(results), manifest=manifest, stage=stage, output=output)
-    )
-
-
-def _commit(_: None, results: list[dataset.Result], *, manifest: Manifest, stage: str, output: str) -> None:
-    assert sum(r["inputs"] for r in results) == manifest.inputs, "not every row was read"
-    dataset.commit(results, manifest, stage, output)
+    return once(pipeline, dataset.commit_all, results, manifest=manifest, stage=stage, output=output)
 
 
 # --- command -------------------------------------------------------------------------------------
@@ -301,14 +292,13 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
         engines.load, args.engine, model, dtype=args.dtype, batch_tokens=args.batch_tokens, max_length=longest
     )
     scorer = Scorer(load, across_processes=across_processes(args.beam))
-    try:
-        run(lambda p: build(p, files, Render(model, longest), scorer, manifest, stage, output), args.beam)
-    except BaseException:
-        dataset.discard(stage)
-        raise
-    report = dataset.summary(dataset.read_manifest(output), output, args.max_rejected)
-    dataset.print_summary(report)
-    return report
+    return run_stage(
+        lambda p: build(p, files, Render(model, longest), scorer, manifest, stage, output),
+        args.beam,
+        stage,
+        output,
+        args.max_rejected,
+    )
 
 
 def max_length(model: str, asked: int | None, engine: str) -> int:
