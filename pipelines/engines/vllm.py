@@ -5,6 +5,7 @@ position computed: vLLM 0.32 skips reading its prefix cache for such requests
 (`SamplingParams.skip_reading_prefix_cache`), so the cache would only cost memory and is switched off.
 """
 
+import atexit
 import os
 import threading
 from collections.abc import Sequence
@@ -65,4 +66,12 @@ def load(model: str, *, dtype: str, batch_tokens: int, max_length: int) -> VllmE
         )
     except Exception as error:
         raise UserError(f"{model}: vLLM cannot load it ({type(error).__name__}: {error})") from None
+    atexit.register(_shut_down, llm.llm_engine.engine_core)
     return VllmEngine(llm)
+
+
+def _shut_down(core: Any) -> None:
+    """Stop the engine before Python does: its output thread frees tensors, which aborts a process that is ending."""
+    core.shutdown()
+    if thread := getattr(core, "output_queue_thread", None):
+        thread.join(timeout=30)
