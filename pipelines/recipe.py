@@ -186,8 +186,8 @@ def _run(stage: Stage, args: argparse.Namespace, state: dict[str, Any], output: 
         log.info("%s: unchanged, skipped", stage.name)
         return {**before["summary"], "skipped": True}
     log.info("%s: una %s %s", stage.name, stage.name, " ".join(stage.argv))
-    args.overwrite = stage.name in state  # then what lies there is this recipe's own, from before something changed
-    args.resume = before.get("key") == key  # the same training, cut short: go on from its checkpoint
+    args.resume = before.get("key") == key and _cut_short(stage)  # training goes on from its checkpoint
+    args.overwrite = stage.name in state and not args.resume  # what lies there is this recipe's own, from before
     state[stage.name] = {"key": key}
     _write_state(output, state)
     print(f"── {stage.name}")
@@ -196,6 +196,13 @@ def _run(stage: Stage, args: argparse.Namespace, state: dict[str, Any], output: 
         state[stage.name] = {"key": key, "summary": result}
         _write_state(output, state)
     return {**result, "skipped": False}
+
+
+def _cut_short(stage: Stage) -> bool:
+    """Whether a training run was started here and not finished."""
+    if stage.name != "train" or not _present(stage.done):
+        return False
+    return json.loads(Path(stage.done).read_text("utf-8")).get("final") is None
 
 
 def _done(stage: Stage) -> bool:

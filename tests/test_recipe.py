@@ -1,6 +1,7 @@
 """`una run`: the chain as one command, skipping what is unchanged."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -123,3 +124,21 @@ def test_recipes_of_wrong_types(una_here, small, change):
     code, _, err = una_here("run", small, "--set", change)
     assert code == 2, err
     assert "Traceback" not in err
+
+
+def test_training_that_was_cut_short_goes_on_from_its_checkpoint(una_here, small, tmp_path):
+    assert una_here("run", small, "--set", "train.save_every=1")[0] == 0
+    whole = (tmp_path / "out/train/policy/model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "out/train/policy")
+    shutil.rmtree(tmp_path / "out/train/checkpoint-000002")
+    state = json.loads((tmp_path / "out/stages.json").read_text())
+    del state["train"]["summary"]
+    facts = json.loads((tmp_path / "out/train/run.json").read_text())
+    (tmp_path / "out/train/run.json").write_text(json.dumps({**facts, "final": None}))
+    (tmp_path / "out/stages.json").write_text(json.dumps(state))
+    code, out, err = una_here("run", small, "--set", "train.save_every=1", "--json")
+    assert code == 0, err
+    assert "continuing after step 1" in err
+    assert skipped(out)["publish"]
+    assert not skipped(out)["train"]
+    assert (tmp_path / "out/train/policy/model.safetensors").read_bytes() == whole

@@ -586,3 +586,17 @@ def test_models_that_are_not_there(tmp_path, model_dir):
         (other / missing).unlink()
         with pytest.raises(UserError, match=words):
             print_of(other)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_and_removed(tmp_path):
+    from una_train import rundir
+
+    def write(error):
+        with rundir.written_whole(tmp_path / "checkpoint-000001") as temp:
+            temp.mkdir()
+            raise error
+
+    for error in (OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")):
+        with pytest.raises(UserError, match=r"could not be written .* free disk space"):
+            write(error)
+    assert list(tmp_path.iterdir()) == []

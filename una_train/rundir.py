@@ -13,7 +13,8 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 import torch
 import transformers
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from schemas.errors import UsageError, UserError
 from schemas.fingerprint import fingerprint
@@ -158,15 +160,28 @@ def save_checkpoint(
     output: Path, step: int, policy: Any, optimizer: torch.optim.Optimizer, seconds: float, keep: int
 ) -> None:
     """Write checkpoint-{step} beside its place and rename it; then drop all but the newest `keep`."""
-    path = output / f"checkpoint-{step:06d}"
-    temp = temporary(path)
-    policy.save_pretrained(temp / "policy")
-    torch.save(optimizer.state_dict(), temp / "optimizer.pt")
-    (temp / "checkpoint.json").write_text(json.dumps({"step": step, "seconds": seconds}) + "\n")
-    os.rename(temp, path)
+    with written_whole(output / f"checkpoint-{step:06d}") as temp:
+        policy.save_pretrained(temp / "policy")
+        torch.save(optimizer.state_dict(), temp / "optimizer.pt")
+        (temp / "checkpoint.json").write_text(json.dumps({"step": step, "seconds": seconds}) + "\n")
     for old in _checkpoints(output)[:-keep]:
         os.rename(old, temporary(old))  # never half a directory under a checkpoint's name
         shutil.rmtree(temporary(old, clear=False))
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A directory beside `path` to write into, renamed into its place at the end; a full disk is a `UserError`."""
+    temp = temporary(path)
+    try:
+        yield temp
+        os.rename(temp, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(temp, ignore_errors=True)
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: could not be written ({reason}); free disk space, then continue with --resume"
+        ) from error
 
 
 def temporary(path: Path, clear: bool = True) -> Path:

@@ -349,16 +349,15 @@ def _optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 def save_policy(path: Path, policy: Any, model_dir: Path, config: Config) -> None:
     """The trained model in `path`, in the dtype it was run in, with the tokenizer's files; or the adapter."""
-    temp = rundir.temporary(path)
     if config.lora and config.merge_lora:
         policy = policy.merge_and_unload()
     if not config.lora or config.merge_lora:
         policy = policy.to(DTYPES[config.dtype])
-    policy.save_pretrained(temp)
-    for file in model_dir.iterdir():
-        if file.name in (*TOKENIZER_FILES, TEMPLATE_FILE) or file.suffix == ".tiktoken":
-            shutil.copyfile(file, temp / file.name)
-    os.rename(temp, path)
+    with rundir.written_whole(path) as temp:
+        policy.save_pretrained(temp)
+        for file in model_dir.iterdir():
+            if file.name in (*TOKENIZER_FILES, TEMPLATE_FILE) or file.suffix == ".tiktoken":
+                shutil.copyfile(file, temp / file.name)
 
 
 def _print_result(facts: dict[str, Any], loss: float, output: Path) -> None:
