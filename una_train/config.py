@@ -42,10 +42,10 @@ def _number(low: float, high: float = math.inf, above: bool = False) -> Check:
     return check
 
 
-def _whole(low: int) -> Check:
+def _whole(low: int, high: int | None = None) -> Check:
     def check(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"a whole number of at least {low}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < low or value > (high or value):
+            raise ValueError(f"a whole number of at least {low}" + (f", at most {high}" if high else ""))
         return value
 
     return check
@@ -128,11 +128,11 @@ class Config:
         32, _whole(1), "groups per step over all processes; a group is a comparison's two rows or one other row"
     )
     micro_batch_tokens: int = _setting(
-        8192, _whole(1), "padded tokens per forward pass; changes memory and speed, not results"
+        8192, _whole(1), "padded tokens per forward pass; changes memory and speed and, without dropout, no result"
     )
     weight_decay: float = _setting(0.0, _number(0), "AdamW's, on matrices only")
-    adam_beta1: float = _setting(0.9, _number(0, 1), "AdamW's β₁")
-    adam_beta2: float = _setting(0.999, _number(0, 1), "AdamW's β₂")
+    adam_beta1: float = _setting(0.9, _number(0, 0.999999), "AdamW's β₁")
+    adam_beta2: float = _setting(0.999, _number(0, 0.999999), "AdamW's β₂")
     adam_epsilon: float = _setting(1e-8, _number(0, above=True), "AdamW's ε")
     max_grad_norm: float = _setting(1.0, _number(0, above=True), "gradients are clipped to this norm")
     dtype: str = _setting(
@@ -151,7 +151,7 @@ class Config:
         },
     )
     merge_lora: bool = _setting(False, _switch, "save the adapter merged into the model")
-    seed: int = _setting(0, _whole(0), "order of the groups, LoRA's initial weights and dropout")
+    seed: int = _setting(0, _whole(0, 2**32 - 1), "order of the groups, LoRA's initial weights and dropout")
     eval_every: int = _setting(
         100, _whole(0), "evaluate on the test split every so many steps; 0: at start and end only"
     )

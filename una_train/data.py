@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, N response tokens, G groups of a micro-batch.
 """
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +65,14 @@ class Batch:
 
 def read(dataset: Path, split: str) -> Split | None:
     """The split's checked rows; None without such files; `UserError` when the rows cannot be trained on."""
-    files = sorted((dataset / "data").glob(f"{split}-*.parquet"))
+    named = re.compile(rf"{re.escape(split)}-\d{{5}}-of-(\d{{5}})\.parquet")
+    files = sorted(p for p in (dataset / "data").glob(f"{split}-*.parquet") if named.fullmatch(p.name))
     if not files:
         return None
+    if {int(named.fullmatch(p.name)[1]) for p in files} != {len(files)}:  # type: ignore[index]
+        raise UserError(
+            f"{dataset}/data: {len(files)} files of split {split}, not the number in their names; copy it anew"
+        )
     rows = pa.concat_tables([_read_file(file) for file in files])
     try:
         feedback.check_comparisons(rows)

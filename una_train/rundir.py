@@ -8,12 +8,13 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,22 +39,33 @@ from una_train.evaluate import Judged
 log = logging.getLogger("una_train")
 
 # what a run writes, and all that --overwrite removes
-RUN_FILES = ("run.json", "config.yaml", "metrics.jsonl", "predictions.parquet", "policy", "tensorboard", "wandb")
+RUN_FILES = ("config.yaml", "metrics.jsonl", "predictions.parquet", "policy", "tensorboard", "wandb", "run.json")
 LEFTOVERS = (".checkpoint-*", ".policy", ".run.json", ".predictions.parquet", ".metrics.jsonl", ".config.yaml")
 
 # --- the directory ----------------------------------------------------------------------
 
 
-def check(output: Path, overwrite: bool, resume: bool) -> None:
+def check(output: Path, overwrite: bool, resume: bool, inputs: Sequence[Path] = ()) -> None:
+    """Whether a run may write here. `inputs`: the model and the dataset, which must not lie among what is replaced."""
     if overwrite and resume:
         raise UsageError("--overwrite starts anew and --resume continues; give one of them")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give a directory for the run")
-    if overwrite or not output.exists() or not any(output.iterdir()):
+    for path in inputs:
+        if output.resolve() in (path.resolve(), *path.resolve().parents):
+            raise UsageError(f"--output {output}: holds {path}, which the run reads; name another directory")
+    if not output.exists() or not any(output.iterdir()):
         return
-    if not (output / "run.json").is_file():
+    before = _run_of(output)
+    if before is None and overwrite and (taken := [name for name in RUN_FILES if (output / name).exists()]):
+        raise UserError(
+            f"{output}: no run wrote what is here, and {taken[0]} would be replaced; name another directory"
+        )
+    if overwrite:
+        return
+    if before is None:
         raise UserError(f"{output}: holds files that are not a run's; choose an empty directory, or add --overwrite")
-    if json.loads((output / "run.json").read_text())["final"] is not None:
+    if before["final"] is not None:
         raise UserError(f"{output}: holds a complete run, whose policy is {output / 'policy'}; --overwrite replaces it")
     if not resume:
         raise UserError(
@@ -62,17 +74,33 @@ def check(output: Path, overwrite: bool, resume: bool) -> None:
         )
 
 
+def _run_of(output: Path) -> dict[str, Any] | None:
+    """What run.json of a directory says; None when it is no run's."""
+    try:
+        facts = json.loads((output / "run.json").read_text("utf-8"))
+        return facts if {"final", "config", "model_fingerprint"} <= set(facts) else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def last_loss(output: Path) -> float:
+    """The newest training loss in metrics.jsonl; NaN without one."""
+    path = output / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return next((line["loss"] for line in reversed(lines) if line["split"] == "train"), math.nan)
+
+
 def prepare(output: Path, config: Config, facts: dict[str, Any], checkpoint: Path | None) -> None:
     """Leave in the output what belongs to the checkpoint, or nothing of an earlier run."""
     output.mkdir(parents=True, exist_ok=True)
     remove = [path for pattern in LEFTOVERS for path in output.glob(pattern)]
     if checkpoint is None:
-        remove += [output / name for name in RUN_FILES] + _checkpoints(output)
+        remove += _checkpoints(output) + [output / name for name in RUN_FILES]  # run.json last: still a run's till then
     else:
         remove += [output / "policy", output / "predictions.parquet"]
         _trim(output / "metrics.jsonl", json.loads((checkpoint / "checkpoint.json").read_text())["step"])
     for path in remove:
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import time
 from contextlib import nullcontext
@@ -65,8 +66,9 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     output = Path(args.output)
     config = _settings(args, output)
     dataset, manifest = Path(args.dataset), Manifest.read(args.dataset)
-    rundir.check(output, args.overwrite, args.resume)
+    rundir.check(output, args.overwrite, args.resume, [dataset, Path(args.model)])
     accelerator = _accelerator(config, output)
+    accelerator.gradient_accumulation_steps = 1  # its environment variable would scale our gradients
     if not accelerator.is_main_process:
         log.setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()  # there is one of our own
@@ -203,6 +205,9 @@ def train(
         if saving:
             accelerator.wait_for_everyone()
     bar.close()
+    if done >= total:  # killed between its last checkpoint and its end: only the results are missing
+        tested = judge_all(accelerator, policy, head, test_split, config) if test_split else []
+        loss = rundir.last_loss(output)
 
     final = evaluate.by_type(tested, config.beta) if test_split else None
     test_loss = evaluate.weighted_loss(tested, config.type_weights) if test_split else None
@@ -305,8 +310,8 @@ def load_policy(model_dir: Path, config: Config, checkpoint: Path | None = None)
     source = model_dir if checkpoint is None or config.lora else checkpoint / "policy"
     try:
         policy = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0][:300]
+    except Exception as error:  # what a damaged directory raises is anything: safetensors', pickle's, torch's errors
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         raise UserError(f"{source}: transformers cannot load this as a causal language model: {reason}") from None
     if config.activation_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -330,7 +335,7 @@ def _with_lora(policy: Any, config: Config, checkpoint: Path | None) -> Any:
     )
     try:
         return peft.get_peft_model(policy, lora)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise UserError(f"lora.target {config.lora['target']!r} does not fit this model: {error}") from None
 
 
@@ -408,7 +413,11 @@ def _check_dataset(dataset: Path, splits: dict[str, data.Split | None], model_di
         raise UserError(f"{dataset}: no rows of split train in data/ (splits: {', '.join(found) or 'none'})")
     if splits["test"] is not None and not splits["test"].groups:
         splits["test"] = None
-    vocabulary = getattr(transformers.AutoConfig.from_pretrained(model_dir).get_text_config(), "vocab_size", math.inf)
+    try:
+        text = transformers.AutoConfig.from_pretrained(model_dir).get_text_config()
+    except Exception as error:
+        raise UserError(f"{model_dir}: config.json cannot be read ({str(error).splitlines()[0][:300]})") from None
+    vocabulary = getattr(text, "vocab_size", math.inf)
     for split in splits.values():
         for name in ("prompt_ids", "response_ids") if split else ():
             largest = max(pc.max(pc.list_flatten(chunk)).as_py() or 0 for chunk in split.rows[name].chunks)  # type: ignore[union-attr]
