@@ -600,3 +600,69 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_removed(tmp_path):
         with pytest.raises(UserError, match=r"could not be written .* free disk space"):
             write(error)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_finished(tmp_path, model_dir, dataset):
+    sets = ["batch_size=8", "max_steps=4", "save_every=2", "tracker=none"]
+    first = una_train(dataset, model_dir, tmp_path / "out", sets)
+    before = weights(tmp_path / "out/policy")
+    facts = json.loads((tmp_path / "out/run.json").read_text())
+    (tmp_path / "out/run.json").write_text(json.dumps({**facts, "final": None}))
+    shutil.rmtree(tmp_path / "out/policy")
+    again = una_train(dataset, model_dir, tmp_path / "out", sets, "--resume")
+    assert (again["steps"], again["loss"], again["test"]) == (4, pytest.approx(first["loss"]), first["test"])
+    after = weights(tmp_path / "out/policy")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_overwriting_spares_the_model_it_trains_and_files_no_run_wrote(tmp_path, model_dir, dataset):
+    shutil.copytree(model_dir, tmp_path / "out/policy")
+    with pytest.raises(UserError, match=r"holds .*policy, which the run reads"):
+        una_train(dataset, tmp_path / "out/policy", tmp_path / "out", ["max_steps=1"], "--overwrite")
+    with pytest.raises(UserError, match="no run wrote what is here, and policy would be replaced"):
+        una_train(dataset, model_dir, tmp_path / "out", ["max_steps=1"], "--overwrite")
+    assert (tmp_path / "out/policy/model.safetensors").exists()
+
+
+def test_wrong_reference_logps_late_in_the_split_are_found(tmp_path, model_dir, tables):
+    train = tables["train"]
+    late = np.arange(train.num_rows) >= train.num_rows // 2
+    shifted = [[x - late[i] for x in row] for i, row in enumerate(train["ref_logps"].to_pylist())]
+    sums = [float(np.sum(np.float32(row), dtype=np.float64)) for row in shifted]
+    names = ["ref_logps", "ref_logp"]
+    for name, values in zip(names, (shifted, sums), strict=True):
+        i = train.schema.get_field_index(name)
+        train = train.set_column(i, train.schema.field(i), pa.array(values, train.schema.field(i).type))
+    wrong = write_dataset(tmp_path / "d", {**tables, "train": train}, print_of(model_dir))
+    with pytest.raises(UserError, match="differ from the stored reference log-probs"):
+        una_train(wrong, model_dir, tmp_path / "out", ["max_steps=1", "tracker=none"])
+
+
+def test_a_missing_shard_and_a_damaged_model_are_named(tmp_path, model_dir, tables):
+    half = write_dataset(tmp_path / "d", tables, print_of(model_dir))
+    file = next((half / "data").glob("train-*"))
+    file.rename(file.with_name("train-00000-of-00002.parquet"))
+    with pytest.raises(UserError, match="1 files of split train"):
+        una_train(half, model_dir, tmp_path / "out", ["max_steps=1"])
+    broken = shutil.copytree(model_dir, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"\x08" + bytes(20))
+    whole = write_dataset(tmp_path / "e", tables, print_of(model_dir))
+    with pytest.raises(UserError, match="cannot load this"):
+        una_train(whole, broken, tmp_path / "out", ["max_steps=1", "tracker=none"])
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "policy/model.safetensors", "checkpoint.json"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, model_dir, dataset, file):
+    sets = ["batch_size=8", "max_steps=4", "save_every=1", "tracker=none"]
+    una_train(dataset, model_dir, tmp_path / "out", sets)
+    before = weights(tmp_path / "out/policy")
+    facts = json.loads((tmp_path / "out/run.json").read_text())
+    (tmp_path / "out/run.json").write_text(json.dumps({**facts, "final": None}))
+    newest = tmp_path / "out/checkpoint-000004" / file
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    with caplog.at_level("INFO", "una_train"):
+        una_train(dataset, model_dir, tmp_path / "out", sets, "--resume")
+    assert "checkpoint-000004 is damaged" in caplog.text
+    assert "continuing after step 3" in caplog.text
+    after = weights(tmp_path / "out/policy")
+    assert all(torch.equal(after[name], before[name]) for name in before)

@@ -14,6 +14,7 @@ import platform
 import re
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ import pyarrow.parquet as pq
 import torch
 import transformers
 from accelerate import Accelerator
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from schemas.errors import UsageError, UserError
 from schemas.fingerprint import fingerprint
@@ -97,7 +98,9 @@ def prepare(output: Path, config: Config, facts: dict[str, Any], checkpoint: Pat
     if checkpoint is None:
         remove += _checkpoints(output) + [output / name for name in RUN_FILES]  # run.json last: still a run's till then
     else:
-        remove += [output / "policy", output / "predictions.parquet"]
+        found = _checkpoints(output)
+        damaged = found[found.index(checkpoint) + 1 :]
+        remove += [output / "policy", output / "predictions.parquet", *damaged]
         _trim(output / "metrics.jsonl", json.loads((checkpoint / "checkpoint.json").read_text())["step"])
     for path in remove:
         if path.is_dir() and not path.is_symlink():
@@ -225,7 +228,26 @@ def _checkpoints(output: Path) -> list[Path]:
 
 
 def newest_checkpoint(output: Path) -> Path | None:
-    return (_checkpoints(output) or [None])[-1]  # type: ignore[list-item]
+    """The newest checkpoint whose files are whole."""
+    for path in reversed(_checkpoints(output)):
+        if damage := _damage(path):
+            log.warning("%s is damaged (%s); using the one before it", path, damage)
+        else:
+            return path
+    return None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, without loading their tensors; None when they are whole."""
+    try:
+        json.loads((checkpoint / "checkpoint.json").read_text("utf-8"))["step"]
+        for file in (checkpoint / "policy").glob("*.safetensors"):
+            with safe_open(file, "pt") as weights:
+                weights.keys()
+        with zipfile.ZipFile(checkpoint / "optimizer.pt") as state:
+            return f"{broken} in optimizer.pt" if (broken := state.testzip()) else None
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, zipfile.BadZipFile) as error:
+        return f"{type(error).__name__}: {error}"
 
 
 # --- results ---------------------------------------------------------------------------------
