@@ -350,6 +350,8 @@ def test_lora_is_saved_as_an_adapter_or_merged(tmp_path, model_dir, dataset):
     assert 0 < facts["trainable_parameters"] < facts["parameters"] / 2
     assert (tmp_path / "adapter" / "policy" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "adapter" / "policy" / "model.safetensors").exists()
+    adapter = json.loads((tmp_path / "adapter" / "policy" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(model_dir.resolve())
     found = [pq.read_table(tmp_path / name / "predictions.parquet") for name in ("adapter", "merged")]
     assert np.allclose(found[0]["logratio"], found[1]["logratio"], atol=1e-4)
     policy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "policy").eval()

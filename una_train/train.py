@@ -216,7 +216,7 @@ def train(
     if main:
         if test_split is not None:
             rundir.write_predictions(output / "predictions.parquet", test_split, tested, config)
-        save_policy(output / "policy", policy, model_dir, config)
+        save_policy(output / "policy", policy, facts["model"], model_dir, config)
         rundir.write(output / "run.json", json.dumps(facts, indent=2) + "\n")  # last: now the run is complete
         _print_result(facts, loss, output)
     accelerator.end_training()
@@ -352,12 +352,14 @@ def _optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:
     )
 
 
-def save_policy(path: Path, policy: Any, model_dir: Path, config: Config) -> None:
+def save_policy(path: Path, policy: Any, model: str, model_dir: Path, config: Config) -> None:
     """The trained model in `path`, in the dtype it was run in, with the tokenizer's files; or the adapter."""
     if config.lora and config.merge_lora:
         policy = policy.merge_and_unload()
     if not config.lora or config.merge_lora:
         policy = policy.to(DTYPES[config.dtype])
+    for adapter in getattr(policy, "peft_config", {}).values():  # so that the adapter finds its base from anywhere
+        adapter.base_model_name_or_path = str(Path(model).resolve()) if Path(model).exists() else model
     with rundir.written_whole(path) as temp:
         policy.save_pretrained(temp)
         for file in model_dir.iterdir():
