@@ -36,11 +36,19 @@ _GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
 class Raw(NamedTuple):
-    """One record as it lies in its file; `value` is what it parsed to, or the `Reject` that says why it did not."""
+    """One record as it lies in its file; `value` is what it parsed to, or the `Reject` that says why it did not.
+
+    `text` is the record's bytes, or None for a row of a table, which has none of its own.
+    """
 
     position: int
-    payload: bytes
+    text: bytes | None
     value: Any
+
+    @property
+    def payload(self) -> bytes:
+        """The record as it is kept when it is rejected: its bytes, or a row's JSON."""
+        return json.dumps(self.value, default=str).encode() if self.text is None else self.text
 
 
 @dataclass(frozen=True)
@@ -294,10 +302,11 @@ def _csv(of: Range) -> Iterator[Raw]:
 
 
 def _csv_row(position: int, row: dict[Any, Any]) -> Raw:
-    payload = json.dumps(row, default=str, skipkeys=True).encode()
-    if None in row:
-        return Raw(position, payload, Reject("wrong_shape", f"{len(row[None])} more cells than the header has"))
-    return Raw(position, payload, row)
+    if None not in row:
+        return Raw(position, None, row)
+    more = row.pop(None)
+    payload = json.dumps({**row, "cells beyond the header": more}).encode()
+    return Raw(position, payload, Reject("wrong_shape", f"{len(more)} more cells than the header has"))
 
 
 def _require_distinct(names: Sequence[str], path: str) -> None:
@@ -332,8 +341,8 @@ def _python_rows(batch: pa.RecordBatch, position: int) -> Iterator[Raw]:
     except (ValueError, OverflowError, KeyError):
         rows = [_python_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
     for i, row in enumerate(rows):
-        shown = {"unreadable row": row.detail} if isinstance(row, Reject) else row
-        yield Raw(position + i, json.dumps(shown, default=str).encode(), row)
+        text = json.dumps({"unreadable row": row.detail}).encode() if isinstance(row, Reject) else None
+        yield Raw(position + i, text, row)
 
 
 def _python_row(row: pa.RecordBatch) -> Any:
@@ -351,8 +360,8 @@ def _python_row(row: pa.RecordBatch) -> Any:
 class PartWriter:
     """Writes Arrow tables to one zstd parquet file, a row group each time enough text has gathered.
 
-    A `write` is never split over two row groups, so what must stay together goes in one call. The file
-    appears only at `close`, and only if it has rows.
+    A `write` is never split over two row groups, so what must stay together goes in one call. Without rows
+    there is no file.
     """
 
     def __init__(

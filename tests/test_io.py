@@ -159,3 +159,11 @@ def test_ambiguous_columns_and_encodings_are_refused(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=r"two columns are called|UTF-16"):
         values(tmp_path / name)
+
+
+def test_a_row_with_too_many_cells_keeps_them_all(tmp_path):
+    (tmp_path / "x.csv").write_text("a,b\n1,2,3,4\n5,6\n")
+    wide, good = io.records(io.Range(str(tmp_path / "x.csv"), "csv"))
+    assert wide.value.reason == "wrong_shape"
+    assert json.loads(wide.payload) == {"a": "1", "b": "2", "cells beyond the header": ["3", "4"]}
+    assert json.loads(good.payload) == good.value == {"a": "5", "b": "6"}

@@ -6,6 +6,7 @@ Every function takes the place (`where`, such as `chosen[2].content`) that its c
 import json
 import math
 import re
+from functools import lru_cache
 from typing import Any
 
 from schemas.errors import Reject
@@ -26,7 +27,12 @@ _VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "
 
 def judged(record: dict[str, Any], *but: str) -> bool:
     """Whether a column other than `but` says, by its name, how good a response is."""
-    return any(_JUDGED.fullmatch(key) for key in record if isinstance(key, str) and key not in but)
+    return any(_tells_judgement(key) for key in record if isinstance(key, str) and key not in but)
+
+
+@lru_cache(maxsize=4096)  # the same few names in every record of a file
+def _tells_judgement(name: str) -> bool:
+    return _JUDGED.fullmatch(name) is not None
 
 
 def show(value: Any) -> str:
