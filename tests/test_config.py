@@ -11,7 +11,7 @@ from una_train.config import LORA, Config, load
 
 
 def test_defaults_are_valid_settings():
-    assert load() == Config()
+    assert load() == dataclasses.replace(Config(), offset=dict.fromkeys(Config().offset, "none"))
     for field in dataclasses.fields(Config):
         assert field.metadata["description"], field.name
         if check := field.metadata.get("check"):
@@ -33,10 +33,30 @@ def test_beta_for_all_types_or_for_one():
 
 
 def test_overrides_come_after_the_file(tmp_path):
-    (tmp_path / "c.yaml").write_text("epochs: 3\nseed: 7\nbeta: {scalar: 0.5}\nloss: {binary: mse}\n")
+    (tmp_path / "c.yaml").write_text("epochs: 3\nseed: 7\nbeta: {scalar: 0.5}\nloss: {binary: una_mse}\n")
     found = load(tmp_path / "c.yaml", ["epochs=1", "beta.binary=1"])
-    assert (found.epochs, found.seed, found.loss["binary"]) == (1, 7, "mse")
+    assert (found.epochs, found.seed, found.loss["binary"]) == (1, 7, "una_mse")
     assert found.beta == {"pairwise": 0.03, "binary": 1.0, "scalar": 0.5, "demonstration": 0.03}
+
+
+def test_an_offset_follows_its_loss_and_what_does_not_go_together_is_refused():
+    found = load(None, ["loss.binary=kto", "loss.scalar=dro", "loss.demonstration=bco"]).offset
+    assert found == {"binary": "reference_point", "scalar": "learned", "demonstration": "midpoint"}
+    for sets, words in [
+        (
+            ["offset.binary=ref_quantile"],
+            "loss.binary=una_bce allows none, ema, .* finite for rewards, not for their lo",
+        ),
+        (["offset.scalar=midpoint"], "it is BCO's"),
+        (["loss.scalar=qrpo", "length_normalize=true"], "length_normalize does not go with offset.scalar=ref_quantile"),
+        (["beta_cap=1"], "it needs length_normalize"),
+        (["quantization=nf4"], "it needs lora"),
+        (["quantization=nf4", "lora=true", "merge_lora=true"], "merge_lora needs the unquantized weights"),
+        (["type_ratios={scalar: 1}", "source_ratios={a: 1}"], "give one of them"),
+        (["type_ratios={scaler: 1}"], "'scaler' is none of"),
+    ]:
+        with pytest.raises(UsageError, match=words):
+            load(None, sets)
 
 
 def test_lora():
@@ -67,8 +87,8 @@ def test_dump_and_load_give_the_same(tmp_path):
         ("beta=0", "beta.pairwise is 0; allowed: a number above 0"),
         ("warmup_ratio=1.5", "at most 1"),
         ("scheduler=cosin", "one of cosine, linear, constant"),
-        ("loss.pairwise=mse", "one of logistic"),
-        ("loss=mse", "give its entries"),
+        ("loss.pairwise=una_mse", "one of pairwise, ipo, rebel, rpo, nca"),
+        ("loss=una_mse", "give its entries"),
         ("lora=8", "none, true, or entries"),
         ("dtype=float16", "one of auto, float32, bfloat16"),
         ("parity_check=1", "true or false"),

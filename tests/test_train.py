@@ -1,6 +1,7 @@
 """The trainer end to end on a tiny random model, against log-probs computed without any of its code."""
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -26,8 +27,8 @@ from schemas.errors import UserError
 from schemas.fingerprint import differences, fingerprint, local_model
 from schemas.manifest import Manifest
 from una_train import config as settings
-from una_train import data, train
-from una_train.logps import response_logps
+from una_train import data, policy, train
+from una_train.objective import Objectives
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -71,7 +72,8 @@ def make_rows(n: int, seed: int) -> list[feedback.Row]:
         texts = ["good " + "yes " * int(rng.integers(1, 8)), "bad " + "no " * int(rng.integers(1, 8))]
         rows += feedback.comparison(prompt, *texts, float(rng.choice([1.0, 0.8, 0.5])), source="pairs")
         rows += feedback.thumb(prompt, texts[i % 2], i % 2 == 0, source="thumbs")
-        rows += feedback.score(prompt, texts[1 - i % 2], float(rng.uniform()), source="scores")
+        for text, low in zip(texts, (0.5, 0.0), strict=True):
+            rows += feedback.score(prompt, text, low + float(rng.uniform()) / 2, source="scores")
         if i % 2:
             rows += feedback.demonstration(prompt, texts[0], source="shown")
     return rows
@@ -165,99 +167,101 @@ def weights(policy: Path) -> dict[str, torch.Tensor]:
     return load_file(policy / "model.safetensors")
 
 
-# --- log-probs ---------------------------------------------------------------------------------
-
-ROPE = {"max_position_embeddings": 64}
-SMALL = {
-    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, **ROPE,
-}  # fmt: skip
-ARCHITECTURES = {
-    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)),
-    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SMALL, tie_word_embeddings=True)),
-    "gemma2": lambda: transformers.Gemma2ForCausalLM(
-        transformers.Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.5, sliding_window=4)
-    ),
-    "cohere": lambda: transformers.CohereForCausalLM(transformers.CohereConfig(**SMALL, logit_scale=0.25)),
-}
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_padded_response_logps_equal_full_logits_row_by_row(name):
-    torch.manual_seed(0)
-    model = ARCHITECTURES[name]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(5)  # far from uniform, so that the soft-cap matters
-    rng = np.random.default_rng(0)
-    lengths = [(1, 1), (7, 3), (2, 11), (9, 1)]
-    rows = [(rng.integers(0, 50, p).tolist(), rng.integers(0, 50, r).tolist()) for p, r in lengths]
-    zeros = [[0.0] * r for _, r in lengths]
-    table = pa.table({"prompt_ids": [p for p, _ in rows], "response_ids": [r for _, r in rows], "ref_logps": zeros})
-    split = data.Split(
-        table, [(i,) for i in range(4)], np.array([p + r for p, r in lengths]), ["scalar"] * 4, np.zeros(4)
-    )
-    batch = data.collate(split, split.groups)
-    head, shapes = model.get_output_embeddings(), []
-    head.register_forward_hook(lambda _, args, out: shapes.append(tuple(out.shape)))
-    with torch.no_grad():
-        found = response_logps(model, head, batch.input_ids, batch.predicts, batch.targets)
-    assert shapes == [(1, sum(r for _, r in lengths), 50)]  # the head saw response positions only
-    expected = [x for prompt, response in rows for x in plain_logps(model, prompt, response)]
-    assert found.tolist() == pytest.approx(expected, abs=1e-5)
-    assert len(set(np.round(expected, 3))) > 5
-
-
 # --- invariance --------------------------------------------------------------------------------
 
 
-def step_of(policy, split, groups, config) -> tuple[float, torch.Tensor]:
-    """Loss and gradient of one step over `groups`, as the loop computes them."""
-    policy.zero_grad()
-    head, total = policy.get_output_embeddings(), 0.0
-    for micro in data.micro_batches(groups, split.lengths, config.micro_batch_tokens):
-        batch = data.collate(split, micro)
-        _, losses = train.group_losses(policy, head, batch, config)
-        loss = losses.sum() / len(groups)
+def scorer_of(model_dir, config, split, layout="shared"):
+    objectives = Objectives(config, split)
+    scorer = policy.Scorer(policy.load(model_dir, config), objectives.learns)
+    config = dataclasses.replace(config, packing=layout)
+    assert policy.settle(scorer, config, torch.device("cpu")) == layout
+    return scorer, objectives
+
+
+def step_of(scorer, objectives, split, bundles, tokens, layout="shared") -> tuple[float, torch.Tensor]:
+    """Loss and gradient of one step over `bundles`, as the loop computes them."""
+    scorer.zero_grad()
+    total, groups = 0.0, sum(map(len, bundles))
+    for micro in data.micro_batches(split, bundles, tokens, layout, objectives.whole):
+        batch = data.collate(split, micro, layout)
+        loss = objectives(*scorer(batch), batch).total() / groups
         loss.backward()
         total += loss.item()
-    return total, torch.cat([p.grad.flatten() for p in policy.parameters()]).double()
+    return total, torch.cat([p.grad.flatten() for p in scorer.policy.parameters()]).double()
 
 
-def test_packing_and_order_change_neither_loss_nor_gradient(model_dir, dataset):
+@pytest.mark.parametrize("sets", [[], ["offset.scalar=group_mean"], ["offset=learned", "length_normalize=true"]])
+def test_neither_packing_nor_order_nor_budget_changes_loss_or_gradient(model_dir, dataset, sets):
     split = data.read(dataset, "train")
-    policy = train.load_policy(model_dir, settings.load())
-    expected, gradient = step_of(policy, split, split.groups, settings.load(None, ["micro_batch_tokens=100000"]))
-    for tokens, groups in [(1, split.groups), (300, split.groups[::-1]), (1000, split.groups)]:
-        found, other = step_of(policy, split, groups, settings.load(None, [f"micro_batch_tokens={tokens}"]))
+    config = settings.load(None, ["beta=1", "loss.demonstration=dro", *sets]) if sets else settings.load()
+    whole = split.bundles()
+    scorer, objectives = scorer_of(model_dir, config, split)
+    expected, gradient = step_of(scorer, objectives, split, whole, 100_000)
+    for layout, tokens, bundles in [
+        ("shared", 1, whole), ("shared", 300, whole[::-1]), ("shared", 1000, whole),
+        ("rows", 700, whole), ("padded", 900, whole), ("padded", 1, whole[::-1]),
+    ]:  # fmt: skip
+        scorer, objectives = scorer_of(model_dir, config, split, layout)
+        found, other = step_of(scorer, objectives, split, bundles, tokens, layout)
         assert found == pytest.approx(expected, rel=1e-6)
-        assert float((other - gradient).norm() / gradient.norm()) < 1e-6
+        assert float((other - gradient).norm() / gradient.norm()) < 1e-5
 
 
-def test_activation_checkpointing_gives_the_same_gradient(model_dir, dataset):
+def test_activation_checkpointing_and_compile_give_the_same_gradient(model_dir, dataset):
     split = data.read(dataset, "train")
-    plain, saving = settings.load(), settings.load(None, ["activation_checkpointing=true"])
-    loss, gradient = step_of(train.load_policy(model_dir, plain).train(), split, split.groups, plain)
-    policy = train.load_policy(model_dir, saving).train()
-    assert policy.is_gradient_checkpointing
-    assert step_of(policy, split, split.groups, saving)[0] == pytest.approx(loss, rel=1e-9)
-    assert torch.allclose(step_of(policy, split, split.groups, saving)[1], gradient, rtol=1e-6, atol=1e-9)
+    loss, gradient = step_of(*scorer_of(model_dir, settings.load(), split), split, split.bundles(), 2000)
+    for setting in ("activation_checkpointing=true", "compile=true"):
+        scorer, objectives = scorer_of(model_dir, settings.load(None, [setting]), split)
+        scorer.train()
+        assert scorer.policy.is_gradient_checkpointing == (setting != "compile=true")
+        found, other = step_of(scorer, objectives, split, split.bundles(), 2000)
+        assert found == pytest.approx(loss, rel=1e-6)
+        assert float((other - gradient).norm() / gradient.norm()) < 1e-5
 
 
 def test_every_epoch_sees_every_group_once_and_ranks_share_a_step(dataset):
     split = data.read(dataset, "train")
-    per_epoch = data.steps_per_epoch(len(split.groups), 5)
+    order = data.Order(split, 5, seed=3)
+    per_epoch = order.steps(0)
     epochs = [
-        [g for step in range(first, first + per_epoch) for g in data.step_groups(split.groups, 5, 3, step)]
-        for first in (1, per_epoch + 1)
+        [b for step in range(first, first + order.steps(epoch)) for b in order.bundles(step)]
+        for epoch, first in enumerate((1, per_epoch + 1))
     ]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(split.groups)
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(split.bundles())
     assert epochs[0] != epochs[1]
-    shared = [group for rank in range(3) for group in data.share(split.groups, split.lengths, rank, 3)]
-    assert sorted(shared) == sorted(split.groups)
-    for micro in data.micro_batches(split.groups, split.lengths, 200):
-        rows = [row for group in micro for row in group]
-        assert len(micro) == 1 or len(rows) * max(split.lengths[rows]) <= 200
+    assert all(5 <= sum(map(len, order.bundles(step))) <= 9 for step in range(1, per_epoch))
+    shares = data.share(split, split.bundles(), 3)
+    assert sorted(b for part in shares for b in part) == sorted(split.bundles())
+    tokens = [sum(data.tokens(split, b, True) for b in part) for part in shares]
+    assert max(tokens) - min(tokens) < max(data.tokens(split, b, True) for b in split.bundles())
+    for layout in ("shared", "rows", "padded"):
+        for micro in data.micro_batches(split, split.bundles(), 200, layout):
+            batch = data.collate(split, micro, layout)
+            assert batch.tokens <= 200 or len(batch.groups) == 1
+
+
+def test_a_bundle_is_of_one_prompt_and_not_larger_than_asked(dataset):
+    split, rows = data.read(dataset, "train", bundle_rows=2), pq.read_table(dataset / "data")
+    prompts = data.read(dataset, "train").columns(["prompt_id"], range(len(split.rewards)))["prompt_id"].to_pylist()
+    for bundle in split.bundles():
+        members = [row for group in bundle for row in group]
+        assert len({prompts[row] for row in members}) == 1
+        assert len(members) <= 3  # a comparison is not cut
+    assert sorted(g for b in split.bundles() for g in b) == sorted(
+        g for b in data.read(dataset, "train").bundles() for g in b
+    )
+    assert rows.num_rows > len(split.rewards)
+
+
+def test_tokens_on_disk_are_those_in_memory(tmp_path, dataset):
+    memory = data.read(dataset, "train")
+    disk = data.read(dataset, "train", cache=tmp_path / "cache")
+    again = data.read(dataset, "train", cache=tmp_path / "cache", write=False)
+    for split in (disk, again):
+        assert isinstance(split.prompts.values, np.memmap)
+        for name in ("prompts", "responses", "ref_logps"):
+            assert np.array_equal(getattr(split, name).values, getattr(memory, name).values)
+        assert split.bundles() == memory.bundles()
 
 
 def test_learning_rate_rises_falls_and_is_never_zero():
@@ -302,15 +306,21 @@ def test_the_run_directory_holds_what_it_promises(run, dataset):
     output, summary = run
     facts = json.loads((output / "run.json").read_text())
     assert facts["version"] == 1
-    assert facts["steps"] == summary["steps"] == 18  # ceil(42 groups / 8) * 3
+    assert facts["layout"] == "shared"
+    assert facts["skipped_steps"] == 0
+    assert facts["steps"] == summary["steps"] == 18  # 54 groups in steps of 8 and up to 4 more, 3 times
     assert facts["parameters"] == facts["trainable_parameters"] > 10_000
     assert facts["final"]["test"]["by_type"] == metrics(output, "test")[-1]["by_type"]
     assert settings.load(output / "config.yaml") == settings.Config(**facts["config"])
     assert summary["policy"] == str(output / "policy")
     lines = metrics(output, "train")
     assert [line["step"] for line in lines] == list(range(1, 19))
-    assert set(lines[0]) == {"step", "epoch", "split", "loss", "lr", "grad_norm", "tokens_per_second", "by_type"}
-    assert sum(t["count"] for t in lines[0]["by_type"].values()) == 8
+    assert set(lines[0]) == {
+        "step", "epoch", "split", "loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "by_type",
+    }  # fmt: skip
+    assert all(0 <= line["data_wait"] < 1 for line in lines)
+    assert 8 <= sum(t["count"] for t in lines[0]["by_type"].values()) <= 12
+    assert lines[-1]["epoch"] == 3
     assert [line["step"] for line in metrics(output, "test")] == [0, 5, 10, 15, 18]
     assert sorted(p.name for p in output.glob("checkpoint-*")) == ["checkpoint-000012", "checkpoint-000016"]
     assert list((output / "tensorboard").glob("events*"))
@@ -319,8 +329,8 @@ def test_the_run_directory_holds_what_it_promises(run, dataset):
 
 def test_the_saved_policy_gives_the_predictions(run, tables):
     output, _ = run
-    policy = transformers.AutoModelForCausalLM.from_pretrained(output / "policy").eval()
-    assert policy.dtype == torch.float32
+    trained = transformers.AutoModelForCausalLM.from_pretrained(output / "policy").eval()
+    assert trained.dtype == torch.float32
     rows = {row["id"]: row for row in tables["test"].to_pylist()}
     predictions = pq.read_table(output / "predictions.parquet")
     assert predictions.schema.field("reward").type == predictions.schema.field("implicit_reward").type == pa.float32()
@@ -329,7 +339,7 @@ def test_the_saved_policy_gives_the_predictions(run, tables):
     assert sorted(predictions["id"].to_pylist()) == sorted(rows)
     for found in predictions.to_pylist():
         row = rows[found["id"]]
-        h = sum(plain_logps(policy, row["prompt_ids"], row["response_ids"])) - row["ref_logp"]
+        h = sum(plain_logps(trained, row["prompt_ids"], row["response_ids"])) - row["ref_logp"]
         assert found["logratio"] == pytest.approx(h, abs=1e-4)
         assert found["implicit_reward"] == pytest.approx(0.1 * h, abs=1e-4)
         assert found["tokens"] == len(row["response_ids"])
@@ -354,11 +364,13 @@ def test_lora_is_saved_as_an_adapter_or_merged(tmp_path, model_dir, dataset):
     assert adapter["base_model_name_or_path"] == str(model_dir.resolve())
     found = [pq.read_table(tmp_path / name / "predictions.parquet") for name in ("adapter", "merged")]
     assert np.allclose(found[0]["logratio"], found[1]["logratio"], atol=1e-4)
-    policy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "policy").eval()
-    split = data.read(dataset, "test")
-    h = train.log_ratios(policy, policy.get_output_embeddings(), data.collate(split, split.groups))
-    assert np.allclose(h.detach(), found[1]["logratio"], atol=1e-4)
-    assert float(h.detach().abs().max()) > 0.01
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "policy").eval()
+    rows = {row["id"]: row for row in pq.read_table(dataset / "data", filters=None).to_pylist()}
+    for row in found[1].to_pylist()[:6]:
+        stored = rows[row["id"]]
+        h = sum(plain_logps(merged, stored["prompt_ids"], stored["response_ids"])) - stored["ref_logp"]
+        assert row["logratio"] == pytest.approx(h, abs=1e-4)
+    assert max(map(abs, found[1]["logratio"].to_pylist())) > 0.01
     with pytest.raises(UserError, match="LoRA adapter only"):
         print_of(tmp_path / "adapter" / "policy")
 
@@ -399,22 +411,23 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, model_dir, dataset):
     for file in ("policy/model.safetensors", "predictions.parquet", "config.yaml"):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
     pairs = zip(metrics(tmp_path / "cut"), metrics(tmp_path / "whole"), strict=True)
-    assert all({**a, "tokens_per_second": 0} == {**b, "tokens_per_second": 0} for a, b in pairs)
+    timed = {"tokens_per_second": 0, "data_wait": 0}
+    assert all({**a, **timed} == {**b, **timed} for a, b in pairs)
     with pytest.raises(UserError, match="holds a complete run"):
         una_train(dataset, model_dir, tmp_path / "cut", [], "--resume")
 
 
 def interrupt(monkeypatch, after: int) -> None:
     """Ctrl-C in the middle of a step."""
-    real, calls = data.step_groups, []
+    real, calls = train._clip, []
 
-    def step_groups(*given):
+    def clip(*given):
         calls.append(given)
         if len(calls) > after:
             raise KeyboardInterrupt
         return real(*given)
 
-    monkeypatch.setattr(data, "step_groups", step_groups)
+    monkeypatch.setattr(train, "_clip", clip)
 
 
 @pytest.mark.parametrize("lora", [[], ["lora=true"]])
@@ -432,23 +445,66 @@ def test_an_interrupted_run_says_how_to_continue(tmp_path, monkeypatch, model_di
     assert (tmp_path / "cut/policy" / name).read_bytes() == (tmp_path / "whole/policy" / name).read_bytes()
 
 
-def test_two_processes_give_the_weights_of_one(tmp_path, model_dir, dataset):
-    # 42 groups in steps of 41 and 1, so that one process has nothing to do in every second step
-    sets = [*QUICK, "batch_size=41", "epochs=3", "micro_batch_tokens=200", "save_every=3"]
-    # `accelerate launch` starts several processes on GPUs only, in the same way
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "una_train")
-    two = subprocess_of(dataset, model_dir, tmp_path / "two", sets, "--json", launcher=launcher)
+# `accelerate launch` starts several processes on GPUs only, in the same way
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "una_train")
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_give_the_weights_of_one_and_continue_bit_for_bit(
+    tmp_path, monkeypatch, model_dir, dataset, sharded
+):
+    # 12 prompts in steps of 11 and 1, so that one process has nothing to do in every second step
+    sets = [*QUICK, "batch_size=49", "epochs=3", "micro_batch_tokens=200", "save_every=3", "loss.binary=bco"]
+    sets.append("loss.scalar=dro")
     una_train(dataset, model_dir, tmp_path / "one", sets)
+    for name, value in (FSDP if sharded else {}).items():
+        monkeypatch.setenv(name, value)
+    two = subprocess_of(dataset, model_dir, tmp_path / "two", sets, "--json", launcher=TWO)
     out, err = two.communicate()
     assert two.returncode == 0, err
     assert out.count("policy:") == 1
     assert json.loads(out.splitlines()[-1])["steps"] == 6
     assert json.loads((tmp_path / "two/run.json").read_text())["processes"] == 2
     one, other = weights(tmp_path / "one/policy"), weights(tmp_path / "two/policy")
+    assert set(one) == set(other)
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert {k: t["count"] for k, t in a["by_type"].items()} == {k: t["count"] for k, t in b["by_type"].items()}
+    undo(tmp_path / "two", back_to=3)
+    again = subprocess_of(dataset, model_dir, tmp_path / "two", sets, "--resume", launcher=TWO)
+    out, err = again.communicate()
+    assert again.returncode == 0, err
+    after = weights(tmp_path / "two/policy")
+    assert all(torch.equal(after[name], other[name]) for name in other)
+
+
+def undo(output: Path, back_to: int) -> None:
+    """A finished run as it was when it was killed after some step."""
+    facts = json.loads((output / "run.json").read_text())
+    (output / "run.json").write_text(json.dumps({**facts, "final": None}))
+    shutil.rmtree(output / "policy")
+    for checkpoint in output.glob("checkpoint-*"):
+        if int(checkpoint.name.partition("-")[2]) > back_to:
+            shutil.rmtree(checkpoint)
+
+
+def test_a_user_error_in_two_processes_is_said_once_and_without_a_traceback(tmp_path, model_dir):
+    two = subprocess_of(tmp_path / "nothing", model_dir, tmp_path / "out", QUICK, launcher=TWO)
+    _, err = two.communicate()
+    assert two.returncode != 0
+    assert err.count("no such directory") == 1
+    assert "UserError" not in err
+
+
+def test_the_shipped_configurations_are_accelerates():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for name in ("ddp", "fsdp2"):
+        found = load_config_from_file(str(REPO / f"examples/accelerate/{name}.yaml"))
+        assert found.num_processes == 8
+        assert found.fsdp_config == {} if name == "ddp" else found.fsdp_config["fsdp_version"] == 2
 
 
 # --- refusals ----------------------------------------------------------------------------------
@@ -540,20 +596,47 @@ def test_datasets_that_cannot_be_trained_on(tmp_path, model_dir, tables):
         una_train(tmp_path / "nothing", model_dir, tmp_path / "out", QUICK)
 
 
-def test_a_loss_that_is_not_finite_names_step_and_rows(tmp_path, monkeypatch, model_dir, dataset, tables):
-    real = train.log_ratios
+def breaking(monkeypatch, steps) -> None:
+    """The loss of these training steps is NaN."""
+    real, seen = Objectives.__call__, []
 
-    def broken(model, head, batch):
-        h = real(model, head, batch)
-        return h * math.nan if model.training and broken.calls.append(1) is None and len(broken.calls) > 2 else h
+    def broken(self, logps, values, batch):
+        outcome = real(self, logps, values, batch)
+        if not outcome.losses.requires_grad or seen.append(1) or len(seen) not in steps:
+            return outcome
+        return dataclasses.replace(outcome, losses=outcome.losses * math.nan)
 
-    broken.calls = []
-    monkeypatch.setattr(train, "log_ratios", broken)
-    with pytest.raises(
-        UserError, match=r"the loss is nan at step 3, in rows [0-9a-f]{32}.*lower learning_rate"
-    ) as error:
-        una_train(dataset, model_dir, tmp_path / "out", [*QUICK, "max_steps=5"])
-    assert any(name in str(error.value) for name in tables["train"]["id"].to_pylist())
+    monkeypatch.setattr(Objectives, "__call__", broken)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_names_its_rows(
+    tmp_path, monkeypatch, caplog, model_dir, dataset, tables
+):
+    breaking(monkeypatch, {3})
+    una_train(dataset, model_dir, tmp_path / "out", [*QUICK, "max_steps=5"])
+    assert json.loads((tmp_path / "out/run.json").read_text())["skipped_steps"] == 1
+    assert [line["step"] for line in metrics(tmp_path / "out", "train")] == [1, 2, 4, 5]
+    warning = next(r.message for r in caplog.records if "skipped" in r.message)
+    assert "the loss is nan at step 3, in rows" in warning
+    assert any(name in warning for name in tables["train"]["id"].to_pylist())
+
+
+def test_steps_that_stay_not_finite_stop_the_run_with_its_checkpoint_intact(tmp_path, monkeypatch, model_dir, dataset):
+    breaking(monkeypatch, {3, 4, 5})
+    sets = [*QUICK, "max_steps=8", "max_bad_steps=3", "save_every=2"]
+    with pytest.raises(UserError, match=r"nan at step 5.*3 steps in a row.*checkpoint-000004 is intact"):
+        una_train(dataset, model_dir, tmp_path / "out", sets)
+
+
+def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch, model_dir, dataset):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Objectives, "__call__", full)
+    with pytest.raises(UserError, match=r"out of memory in a micro-batch of \d+ tokens.*micro_batch_tokens=\d"):
+        una_train(dataset, model_dir, tmp_path / "out", [*QUICK, "parity_check=false"])
+    with pytest.raises(UserError, match="no smaller micro-batch holds: set activation_checkpointing=true"):
+        una_train(dataset, model_dir, tmp_path / "more", [*QUICK, "micro_batch_tokens=1", "batch_size=1"])
 
 
 # --- the fingerprint ---------------------------------------------------------------------------
@@ -594,8 +677,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_removed(tmp_path):
     from una_train import rundir
 
     def write(error):
-        with rundir.written_whole(tmp_path / "checkpoint-000001") as temp:
-            temp.mkdir()
+        with rundir.written_whole(tmp_path / "checkpoint-000001"):
             raise error
 
     for error in (OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")):
@@ -653,7 +735,7 @@ def test_a_missing_shard_and_a_damaged_model_are_named(tmp_path, model_dir, tabl
         una_train(whole, broken, tmp_path / "out", ["max_steps=1", "tracker=none"])
 
 
-@pytest.mark.parametrize("file", ["optimizer.pt", "policy/model.safetensors", "checkpoint.json"])
+@pytest.mark.parametrize("file", ["optimizer.safetensors", "policy/model.safetensors", "checkpoint.json"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, model_dir, dataset, file):
     sets = ["batch_size=8", "max_steps=4", "save_every=1", "tracker=none"]
     una_train(dataset, model_dir, tmp_path / "out", sets)

@@ -18,9 +18,12 @@ import yaml
 from schemas import settings_file
 from schemas.command import did_you_mean
 from schemas.errors import UsageError
+from una_train.losses import OBJECTIVES, PAIRWISE, POINTWISE
+from una_train.offsets import FROM_REFERENCE
 
 Check = Callable[[Any], Any]  # gives the value back, or raises ValueError saying what is allowed
 
+OFFSETS = tuple(dict.fromkeys(name for objective in OBJECTIVES.values() for name in objective.offsets))
 LORA = {"r": 32, "alpha": 16, "dropout": 0.05, "target": "all-linear"}  # the paper's
 
 
@@ -75,6 +78,17 @@ def _optional(check: Check) -> Check:
     return checked
 
 
+def _by_name(check: Check) -> Check:
+    def checked(value: Any) -> dict[str, Any] | None:
+        if value in (None, "none"):
+            return None
+        if not isinstance(value, dict) or not value:
+            raise ValueError("names with a number each, such as {chat: 0.7, code: 0.3}")
+        return {str(name): check(one) for name, one in value.items()}
+
+    return checked
+
+
 def _names(value: Any) -> str | list[str]:
     if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
         raise ValueError("all-linear, a regular expression, or a list of module names")
@@ -109,15 +123,45 @@ class Config:
         spread=True,
     )
     loss: dict[str, str] = _mapping(
-        {"pairwise": "logistic", "binary": "bce", "scalar": "mse", "demonstration": "mse"},
-        {**_per_type(_one_of("bce", "mse")), "pairwise": _one_of("logistic")},
-        "loss of each type: `logistic` for pairs, `bce` or `mse` for the others",
+        {"pairwise": "pairwise", "binary": "una_bce", "scalar": "una_mse", "demonstration": "una_mse"},
+        {**_per_type(_one_of(*POINTWISE)), "pairwise": _one_of(*PAIRWISE)},
+        "objective of each type; all are listed below",
     )
+    offset: dict[str, str] = _mapping(
+        dict.fromkeys(("binary", "scalar", "demonstration"), "auto"),
+        dict.fromkeys(("binary", "scalar", "demonstration"), _one_of("auto", *OFFSETS)),
+        "what is added to the implicit reward of each type; all are listed below; `auto`: the objective's first",
+        spread=True,
+    )
+    offset_decay: float = _setting(0.9, _number(0, 0.999999), "memory of the running offsets, for each step")
+    offset_learning_rate: float = _setting(
+        0.01, _number(0, above=True), "peak learning rate of the `learned` offset; a step moves it by about that much"
+    )
+    bundle_rows: int = _setting(
+        16, _whole(1), "at most so many responses of a prompt stay together in a step; the others are another bundle"
+    )
+    length_normalize: bool = _setting(False, _switch, "β/|y| in place of β, |y| the response's tokens")
+    beta_cap: float | None = _setting(None, _optional(_number(0, above=True)), "largest β/|y|")
+    label_smoothing: float = _setting(0.0, _number(0, 0.5), "ε of `pairwise`: the share of verdicts taken to be wrong")
+    margin: float = _setting(
+        0.0, _number(0), "m of `pairwise`: difference of implicit rewards asked of a clear verdict"
+    )
+    desirable_weight: float = _setting(1.0, _number(0), "λ_D of `kto`")
+    undesirable_weight: float = _setting(1.0, _number(0), "λ_U of `kto`")
     type_weights: dict[str, float] = _mapping(
         dict.fromkeys(_per_type(_switch), 1.0),
         _per_type(_number(0)),
         "weight of each type's loss in the step's loss",
         spread=True,
+    )
+    source_weights: dict[str, float] | None = _setting(
+        None, _optional(_by_name(_number(0))), "weight of each source's loss; a source that is not named has 1"
+    )
+    type_ratios: dict[str, float] | None = _setting(
+        None, _optional(_by_name(_number(0))), "share that each type gets of the split's weight, whatever its rows"
+    )
+    source_ratios: dict[str, float] | None = _setting(
+        None, _optional(_by_name(_number(0))), "share that each source gets of the split's weight, whatever its rows"
     )
     learning_rate: float = _setting(3e-5, _number(0, above=True), "peak learning rate of AdamW")
     scheduler: str = _setting("cosine", _one_of("cosine", "linear", "constant"), "shape after the warm-up")
@@ -125,10 +169,30 @@ class Config:
     epochs: int = _setting(2, _whole(1), "passes over the train split")
     max_steps: int | None = _setting(None, _optional(_whole(1)), "stop after this many steps")
     batch_size: int = _setting(
-        32, _whole(1), "groups per step over all processes; a group is a comparison's two rows or one other row"
+        32,
+        _whole(1),
+        "groups per step over all processes, or a few more, since a prompt's are not parted; a group is a comparison's "
+        "two rows or one other row",
     )
     micro_batch_tokens: int = _setting(
-        8192, _whole(1), "padded tokens per forward pass; changes memory and speed and, without dropout, no result"
+        8192, _whole(1), "packed tokens per forward pass; changes memory and speed and, without dropout, no result"
+    )
+    packing: str = _setting(
+        "auto",
+        _one_of("auto", "shared", "rows", "padded"),
+        "responses behind one copy of their prompt (`shared`), rows end to end (`rows`), or a padded line for each row "
+        "(`padded`); `auto`: shared, or padded for a model that shared gives other log-probs",
+    )
+    token_store: str = _setting(
+        "auto",
+        _one_of("auto", "memory", "disk"),
+        "where token ids and reference log-probs are; `disk`: mapped files in the run directory; `auto`: on disk when "
+        "they would take half of the free memory",
+    )
+    optimizer: str = _setting(
+        "adamw",
+        _one_of("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"),
+        "AdamW, PyTorch's fused one or bitsandbytes' with 8-bit or paged states",
     )
     weight_decay: float = _setting(0.0, _number(0), "AdamW's, on matrices only")
     adam_beta1: float = _setting(0.9, _number(0, 0.999999), "AdamW's β₁")
@@ -140,6 +204,10 @@ class Config:
         _one_of("auto", "float32", "bfloat16"),
         "dtype of the forward pass; weights and optimizer stay float32; auto: bfloat16 on a GPU that has it",
     )
+    quantization: str = _setting(
+        "none", _one_of("none", "nf4", "int8"), "frozen weights in 4 or 8 bits (bitsandbytes), with `lora`: QLoRA"
+    )
+    compile: bool = _setting(False, _switch, "torch.compile each layer: a slower start, faster steps")
     activation_checkpointing: bool = _setting(False, _switch, "recompute activations in backward: less memory, slower")
     lora: dict[str, Any] | None = dataclasses.field(
         default=None,
@@ -161,6 +229,9 @@ class Config:
     tracker: str = _setting(
         "tensorboard", _one_of("tensorboard", "wandb", "none"), "where metrics go besides metrics.jsonl"
     )
+    max_bad_steps: int = _setting(
+        5, _whole(1), "stop after this many steps in a row whose loss or gradient is not finite; each is skipped"
+    )
     parity_check: bool = _setting(
         True,
         _switch,
@@ -175,7 +246,8 @@ class Config:
 
 # What may change between a run and its continuation, since it does not change the weights.
 FREE_ON_RESUME = {
-    "micro_batch_tokens", "eval_every", "save_every", "keep_checkpoints", "log_every", "tracker",
+    "micro_batch_tokens", "packing", "token_store", "max_bad_steps",
+    "eval_every", "save_every", "keep_checkpoints", "log_every", "tracker",
     "parity_check", "parity_tolerance", "merge_lora",
 }  # fmt: skip
 
@@ -191,7 +263,40 @@ def load(file: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
         if not equals:
             raise UsageError(f"--set {override}: give key=value, such as --set beta=0.1")
         _put(values, key.strip(), settings_file.parse(text, f"--set {key}"), "--set")
-    return Config(**values)
+    return _consistent(Config(**values))
+
+
+def _consistent(config: Config) -> Config:
+    """The settings with `auto` offsets resolved; `UsageError` for those that do not go together."""
+    offset = {}
+    for kind, asked in config.offset.items():
+        name = config.loss[kind]
+        allowed = OBJECTIVES[name].offsets
+        if asked not in ("auto", *allowed):
+            raise UsageError(f"offset.{kind} is {asked!r}; loss.{kind}={name} allows {', '.join(allowed)}{_why(asked)}")
+        offset[kind] = allowed[0] if asked == "auto" else asked
+        if config.length_normalize and offset[kind] in FROM_REFERENCE:
+            raise UsageError(f"length_normalize does not go with offset.{kind}={offset[kind]}, whose Z(x) is for one β")
+    if config.beta_cap is not None and not config.length_normalize:
+        raise UsageError("beta_cap is the largest β/|y|; it needs length_normalize=true")
+    if config.quantization != "none" and not config.lora:
+        raise UsageError(f"quantization={config.quantization} freezes the weights; it needs lora")
+    if config.merge_lora and config.quantization != "none":
+        raise UsageError("merge_lora needs the unquantized weights; train with quantization, then merge the adapter")
+    if config.type_ratios and config.source_ratios:
+        raise UsageError("type_ratios and source_ratios are two answers to one question; give one of them")
+    if unknown := set(config.type_ratios or {}) - set(config.type_weights):
+        raise UsageError(f"type_ratios: {unknown.pop()!r} is none of {', '.join(config.type_weights)}")
+    return dataclasses.replace(config, offset=offset)
+
+
+def _why(offset: str) -> str:
+    reasons = {
+        "ref_quantile": ": Z of uniform quantiles is finite for rewards, not for their logits",
+        "reference_point": ": it is KTO's",
+        "midpoint": ": it is BCO's",
+    }
+    return reasons.get(offset, "")
 
 
 def dump(config: Config) -> str:

@@ -1,91 +1,199 @@
-"""A published dataset as steps of micro-batches: parquet → groups → order → ranks → padded tensors.
+"""A published dataset as steps of packed micro-batches: parquet → flat tokens → order → ranks → tensors.
 
-A group is what one loss is computed on: the two rows of a comparison, or one other row. Which groups make up a
-step depends on the seed and the step alone, so a run continues by counting. Token ids stay in Arrow, a few bytes
-per token, in every process's memory; streaming is left out.
+A group is what one loss is computed on: the two rows of a comparison, or one other row. A bundle is groups of one
+prompt, which stay in one step and share the prompt's tokens. Which bundles make up a step depends on the seed and the
+step alone, so a run continues by counting. Token ids and reference log-probs lie end to end in flat arrays, in memory
+or, for datasets larger than it, in mapped files; the index over them is about 60 bytes a row.
 
-Shapes: B rows, T tokens, N response tokens, G groups of a micro-batch.
+Shapes: R rows, G groups of a split; B rows, N response tokens, T packed tokens of a micro-batch.
 """
 
 import functools
+import heapq
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 from schemas import feedback
 from schemas.errors import UserError
+from una_train.packing import PROMPT, Layout
 
 Group = tuple[int, ...]  # row numbers: two of a comparison, or one
-COLUMNS = [
-    "id", "type", "source", "prompt_id", "comparison_id", "reward",
-    "prompt_ids", "response_ids", "ref_logps", "ref_logp",
-]  # fmt: skip
+Bundle = tuple[Group, ...]  # groups of one prompt
+
+TYPES = ("pairwise", "binary", "scalar", "demonstration")
+INDEX = ["type", "source", "prompt_id", "comparison_id", "reward"]
+TOKENS = {"prompt_ids": np.int32, "response_ids": np.int32, "ref_logps": np.float32}
+
+
+class Flat:
+    """Lists of numbers end to end: `flat[row]` is a row's list, a view of memory or of a mapped file."""
+
+    def __init__(self, values: np.ndarray, lengths: np.ndarray):
+        self.values, self.lengths = values, lengths
+        self.starts = np.concatenate([[0], np.cumsum(lengths)])
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.starts[row] : self.starts[row + 1]]
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split in memory: the columns the trainer uses, and the groups its rows form."""
+    """One split: the numbers the trainer uses, and the groups and bundles its rows form."""
 
-    rows: pa.Table
-    groups: list[Group]
-    lengths: np.ndarray  # int64, tokens of prompt and response
-    types: list[str]
-    rewards: np.ndarray  # float64
+    files: list[Path]
+    prompts: Flat  # int32 token ids
+    responses: Flat  # int32 token ids
+    ref_logps: Flat  # float32, nats
+    rewards: np.ndarray  # float64 [R], explicit
+    types: np.ndarray  # int8 [R], places in TYPES
+    sources: np.ndarray  # int32 [R], places in source_names
+    source_names: list[str]
+    group_rows: np.ndarray  # int64 [G, 2]; the second is −1 where a group is one row; groups of a bundle are adjacent
+    bundle_starts: np.ndarray  # int64, where each bundle's groups begin, and G
+    ref_rewards: Flat | None = None  # float64, rewards in [0, 1] of reference samples for each row's prompt
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of prompt and response of each row [R]."""
+        return self.prompts.lengths + self.responses.lengths
 
-@dataclass(frozen=True)
-class Batch:
-    """A padded micro-batch; the rows of a group stand next to each other."""
+    def type_of(self, group: Group) -> str:
+        return TYPES[self.types[group[0]]]
 
-    input_ids: Int64[Tensor, "B T"]
-    predicts: Bool[Tensor, "B T"]  # positions whose logits predict a response token
-    targets: Int64[Tensor, " N"]
-    lengths: list[int]  # response tokens of each row
-    ref_logps: Float32[Tensor, " N"]
-    rewards: Float64[Tensor, " B"]
-    first: Int64[Tensor, " G"]  # the first row of each group
-    types: list[str]  # of each group
+    def bundle(self, number: int) -> Bundle:
+        rows = self.group_rows[self.bundle_starts[number] : self.bundle_starts[number + 1]].tolist()
+        return tuple((first, second) if second >= 0 else (first,) for first, second in rows)
 
-    def to(self, device: torch.device) -> "Batch":
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return Batch(**{**vars(self), **moved})
+    def bundles(self) -> list[Bundle]:
+        return [self.bundle(i) for i in range(len(self.bundle_starts) - 1)]
+
+    def columns(self, names: list[str], rows: Sequence[int]) -> pa.Table:
+        """Some columns of some rows, read from the files when they are asked for."""
+        return pa.concat_tables([pq.read_table(file, columns=names) for file in self.files]).take(list(rows))
 
 
 # --- reading -----------------------------------------------------------------------------------
 
 
-def read(dataset: Path, split: str) -> Split | None:
-    """The split's checked rows; None without such files; `UserError` when the rows cannot be trained on."""
-    named = re.compile(rf"{re.escape(split)}-\d{{5}}-of-(\d{{5}})\.parquet")
-    files = sorted(p for p in (dataset / "data").glob(f"{split}-*.parquet") if named.fullmatch(p.name))
+def read(
+    dataset: Path,
+    split: str,
+    *,
+    cache: Path | None = None,
+    write: bool = True,
+    bundle_rows: int = 16,
+    ref_rewards: bool = False,
+) -> Split | None:
+    """The split's checked rows; None without such files; `UserError` when the rows cannot be trained on.
+
+    Token columns stay in memory, or in files of `cache`, which the process with `write` makes and others map.
+    A bundle has at most `bundle_rows` rows (a comparison is never split). With `ref_rewards`, the rewards of
+    reference samples are read from the rows' metadata.
+    """
+    files = shards(dataset, split)
     if not files:
         return None
-    if {int(named.fullmatch(p.name)[1]) for p in files} != {len(files)}:  # type: ignore[index]
+    sink = _Sink(cache / split if cache else None, write)
+    tables = [_read_file(file, sink, ref_rewards) for file in files]
+    index = pa.concat_tables([table for table, _ in tables])
+    try:
+        feedback.check_comparisons(index)
+    except ValueError as error:
+        raise UserError(f"{dataset} ({split} split): {error}; publish the dataset again") from None
+    tokens = sink.close()
+    source = index["source"].combine_chunks().dictionary_encode()
+    types = pc.index_in(index["type"], pa.array(TYPES)).to_numpy().astype(np.int8)
+    stored = [rewards for _, of_file in tables for rewards in of_file]
+    groups, starts = _groups(index, bundle_rows)
+    return Split(
+        files=files,
+        prompts=tokens["prompt_ids"],
+        responses=tokens["response_ids"],
+        ref_logps=tokens["ref_logps"],
+        rewards=index["reward"].to_numpy().astype(np.float64),
+        types=types,
+        sources=source.indices.to_numpy().astype(np.int32),
+        source_names=source.dictionary.to_pylist(),
+        group_rows=groups,
+        bundle_starts=starts,
+        ref_rewards=Flat(np.concatenate([*stored, []]), np.array([len(r) for r in stored])) if ref_rewards else None,
+    )
+
+
+def shards(dataset: Path, split: str) -> list[Path]:
+    """The files of a split; `UserError` when one is missing."""
+    named = re.compile(rf"{re.escape(split)}-\d{{5}}-of-(\d{{5}})\.parquet")
+    files = sorted(p for p in (dataset / "data").glob(f"{split}-*.parquet") if named.fullmatch(p.name))
+    if files and {int(named.fullmatch(p.name)[1]) for p in files} != {len(files)}:  # type: ignore[index]
         raise UserError(
             f"{dataset}/data: {len(files)} files of split {split}, not the number in their names; copy it anew"
         )
-    rows = pa.concat_tables([_read_file(file) for file in files])
-    try:
-        feedback.check_comparisons(rows)
-    except ValueError as error:
-        raise UserError(f"{dataset} ({split} split): {error}; publish the dataset again") from None
-    tokens = [pc.list_value_length(rows[name]).to_numpy() for name in ("prompt_ids", "response_ids")]
-    lengths = (tokens[0] + tokens[1]).astype(np.int64)
-    rewards = rows["reward"].to_numpy().astype(np.float64)
-    return Split(rows, _groups(rows), lengths, rows["type"].to_pylist(), rewards)
+    return files
 
 
-def _read_file(path: Path) -> pa.Table:
-    """Read and check in batches, so that the texts are never in memory together."""
+def larger_than_memory(dataset: Path, processes: int) -> bool:
+    """Whether the token columns of this machine's `processes` would take more than half of its free memory."""
+    total = 0
+    for file in (dataset / "data").glob("*.parquet"):
+        try:
+            facts = pq.read_metadata(file)
+        except pa.ArrowInvalid:  # `read` says so
+            return False
+        groups = (facts.row_group(i) for i in range(facts.num_row_groups))
+        columns = (group.column(i) for group in groups for i in range(group.num_columns))
+        total += sum(c.num_values * 4 for c in columns if c.path_in_schema.split(".")[0] in TOKENS)
+    return total * processes > psutil.virtual_memory().available / 2
+
+
+class _Sink:
+    """Takes the token columns batch by batch, into memory or into files."""
+
+    def __init__(self, folder: Path | None, write: bool):
+        self.folder, self.write = folder, write
+        self.lengths: dict[str, list[np.ndarray]] = {name: [] for name in TOKENS}
+        self.values: dict[str, list[np.ndarray]] = {name: [] for name in TOKENS}
+        if folder and write:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in TOKENS:
+                (folder / name).write_bytes(b"")
+
+    def add(self, rows: pa.RecordBatch) -> None:
+        for name, kind in TOKENS.items():
+            self.lengths[name].append(pc.list_value_length(rows[name]).to_numpy().astype(np.int64))
+            values = pc.list_flatten(rows[name]).to_numpy().astype(kind, copy=False)
+            if self.folder is None:
+                self.values[name].append(values)
+            elif self.write:
+                with (self.folder / name).open("ab") as file:
+                    values.tofile(file)
+
+    def close(self) -> dict[str, Flat]:
+        out = {}
+        for name, kind in TOKENS.items():
+            lengths = np.concatenate([*self.lengths.pop(name), np.zeros(0, np.int64)])
+            if self.folder is None:
+                values = np.concatenate([*self.values.pop(name), np.zeros(0, kind)])
+            else:
+                empty = not lengths.sum()  # a file of no bytes cannot be mapped
+                values = np.zeros(0, kind) if empty else np.memmap(self.folder / name, kind, "r")
+            out[name] = Flat(values, lengths)
+        return out
+
+
+def _read_file(path: Path, sink: _Sink, ref_rewards: bool) -> tuple[pa.Table, list[np.ndarray]]:
+    """The index columns; the tokens go to the sink, and the texts are read, checked and let go batch by batch."""
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
@@ -93,100 +201,294 @@ def _read_file(path: Path) -> pa.Table:
     missing = [field.name for field in feedback.REFERENCE_COLUMNS if field.name not in file.schema_arrow.names]
     if missing:
         raise UserError(f"{path}: no reference log-probs (missing {', '.join(missing)}); run `una reference` first")
-    kept = [feedback.SCORED.empty_table().select(COLUMNS)]
-    for batch in file.iter_batches(batch_size=16384):
-        kept.append(_checked(pa.Table.from_batches([batch]), path))
-    return pa.concat_tables(kept)
+    index, stored = [feedback.SCORED.empty_table().select(INDEX)], []
+    for batch in file.iter_batches(batch_size=4096):
+        _check(pa.Table.from_batches([batch]), path)
+        sink.add(batch)
+        index.append(pa.Table.from_batches([batch]).select(INDEX))
+        if ref_rewards:
+            stored += [_ref_rewards(one, path) for one in batch["metadata"].to_pylist()]
+    return pa.concat_tables(index), stored
 
 
-def _checked(rows: pa.Table, path: Path) -> pa.Table:
+def _check(rows: pa.Table, path: Path) -> None:
     if unlabelled := pc.sum(pc.equal(rows["type"], "unlabelled")).as_py():
         raise UserError(f"{path}: {unlabelled} rows have no reward (type unlabelled); run `una label` first")
     try:
         feedback.check(rows, scored=True)
     except ValueError as error:
         raise UserError(f"{path}: {error}; publish the dataset again") from None
-    return rows.select(COLUMNS)
 
 
-def _groups(rows: pa.Table) -> list[Group]:
-    """Groups in the order of their first row; `check_comparisons` has seen to it that pairs are pairs."""
-    waiting: dict[str, int] = {}
-    groups: list[Group] = []
-    for row, comparison in enumerate(rows["comparison_id"].to_pylist()):
-        if comparison is None:
-            groups.append((row,))
-        elif comparison in waiting:
-            groups.append((waiting.pop(comparison), row))
-        else:
-            waiting[comparison] = row
-    return groups
+def _ref_rewards(metadata: str | None, path: Path) -> np.ndarray:
+    """`ref_rewards` of a row's metadata: rewards in [0, 1] of responses sampled from the reference; [] without."""
+    found = json.loads(metadata or "{}").get("ref_rewards", [])
+    try:  # in float32, as rewards are stored: else a 0.7 would lose its ties
+        values = np.array(found if isinstance(found, list) else [np.nan], np.float32).astype(np.float64)
+    except (ValueError, TypeError):
+        values = np.array([np.nan])
+    if values.ndim != 1 or not ((values >= 0) & (values <= 1)).all():
+        raise UserError(f"{path}: ref_rewards in metadata is {str(found)[:80]}; it is a list of rewards in [0, 1]")
+    return values
 
 
-# --- order and packing -------------------------------------------------------------------------
+def _groups(index: pa.Table, bundle_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Groups [G, 2], those of a prompt adjacent and in the order of the rows, and where each bundle of them begins."""
+    prompt = index["prompt_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    comparison = index["comparison_id"].combine_chunks().dictionary_encode().indices
+    paired = pc.is_valid(comparison).to_numpy(zero_copy_only=False)
+    number = pc.fill_null(comparison, 0).to_numpy()
+    both = np.flatnonzero(paired)
+    both = both[np.argsort(number[both], kind="stable")].reshape(-1, 2)  # `check_comparisons`: pairs are pairs
+    alone = np.flatnonzero(~paired)
+    rows = np.concatenate([both, np.stack([alone, np.full_like(alone, -1)], 1)])
+    rows = rows[np.lexsort((rows[:, 0], prompt[rows[:, 0]]))]
+    of_prompt, size = prompt[rows[:, 0]], 1 + (rows[:, 1] >= 0)
+    new = np.concatenate([[True], of_prompt[1:] != of_prompt[:-1]]) if len(rows) else np.zeros(0, bool)
+    before = np.cumsum(size) - size  # rows ahead of each group, in all and then within its prompt
+    within = before - before[np.flatnonzero(new)][np.cumsum(new) - 1] if len(rows) else before
+    part = within // max(1, bundle_rows)
+    new |= np.concatenate([[False], part[1:] != part[:-1]]) if len(rows) else new
+    return rows.astype(np.int64), np.append(np.flatnonzero(new), len(rows)).astype(np.int64)
 
 
-def steps_per_epoch(groups: int, batch_size: int) -> int:
-    """The last step of an epoch may be smaller."""
-    return -(-groups // batch_size)
+# --- order -------------------------------------------------------------------------------------
 
 
-def step_groups(groups: Sequence[Group], batch_size: int, seed: int, step: int) -> list[Group]:
-    """The groups of `step` (counted from 1): a function of the seed and the step, so nothing needs saving."""
-    epoch, position = divmod(step - 1, steps_per_epoch(len(groups), batch_size))
-    return [groups[i] for i in _order(len(groups), seed, epoch)[position * batch_size : (position + 1) * batch_size]]
+class Order:
+    """Which bundles make up which step: a function of the seed and the step, so nothing needs saving.
 
-
-@functools.lru_cache(maxsize=2)
-def _order(groups: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(groups)
-
-
-def micro_batches(groups: Sequence[Group], lengths: np.ndarray, budget: int) -> list[list[Group]]:
-    """Groups of similar length together, so that rows × longest row is at most `budget` tokens.
-
-    A group longer than the budget is alone.
+    An epoch is a permutation of the bundles, cut where a step has `batch_size` groups or, since a bundle is not
+    cut, up to a bundle more; its last step may be smaller.
     """
-    packed: list[list[Group]] = []
-    rows, longest = 0, 0
-    for group in sorted(groups, key=lambda g: (-max(lengths[i] for i in g), g)):
-        if not packed or (rows + len(group)) * longest > budget:
+
+    def __init__(self, split: Split, batch_size: int, seed: int):
+        self.split, self.batch_size, self.seed = split, batch_size, seed
+        self._epoch = functools.lru_cache(maxsize=2)(self._cut)
+        self._steps: list[int] = []  # of each epoch looked at so far
+
+    def steps(self, epoch: int) -> int:
+        """How many steps an epoch, counted from 0, has."""
+        while len(self._steps) <= epoch:
+            self._steps.append(len(self._epoch(len(self._steps))[1]))
+        return self._steps[epoch]
+
+    def place(self, step: int) -> tuple[int, int]:
+        """The epoch of a step (counted from 1), and the steps of that epoch that came before."""
+        epoch, before = 0, step - 1
+        while before >= self.steps(epoch):
+            before -= self.steps(epoch)
+            epoch += 1
+        return epoch, before
+
+    def epochs_done(self, step: int) -> float:
+        """Epochs, and parts of one, that are over after a step."""
+        if step == 0:
+            return 0.0
+        epoch, before = self.place(step)
+        return epoch + (before + 1) / self.steps(epoch)
+
+    def bundles(self, step: int) -> list[Bundle]:
+        """The bundles of a step, counted from 1."""
+        epoch, before = self.place(step)
+        order, ends = self._epoch(epoch)
+        start = ends[before - 1] if before else 0
+        return [self.split.bundle(i) for i in order[start : ends[before]]]
+
+    def _cut(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        sizes = np.diff(self.split.bundle_starts)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(sizes))
+        total = np.cumsum(sizes[order])
+        ends, done = [], 0
+        while done < total[-1]:
+            ends.append(min(int(np.searchsorted(total, done + self.batch_size)) + 1, len(order)))
+            done = total[ends[-1] - 1]
+        return order, np.array(ends)
+
+
+# --- packing -----------------------------------------------------------------------------------
+
+
+def tokens(split: Split, groups: Iterable[Group], share_prompt: bool) -> int:
+    """Packed tokens of groups of one prompt; the last token of a response is predicted but never fed."""
+    rows = [row for group in groups for row in group]
+    prompts = split.prompts.lengths[rows]
+    return int(split.responses.lengths[rows].sum() - len(rows) + (prompts.max() if share_prompt else prompts.sum()))
+
+
+def share(split: Split, bundles: Sequence[Bundle], world: int) -> list[list[Bundle]]:
+    """A step's bundles dealt out to `world` ranks, the largest first and each to the rank with the fewest tokens."""
+    ranks: list[list[Bundle]] = [[] for _ in range(world)]
+    if world == 1:
+        return [list(bundles)]
+    heap = [(0, rank) for rank in range(world)]
+    for cost, bundle in sorted(((tokens(split, b, True), b) for b in bundles), key=lambda pair: (-pair[0], pair[1])):
+        total, rank = heapq.heappop(heap)
+        ranks[rank].append(bundle)
+        heapq.heappush(heap, (total + cost, rank))
+    return ranks
+
+
+def micro_batches(
+    split: Split, bundles: Iterable[Bundle], budget: int, layout: str = "shared", whole: bool = False
+) -> list[list[Bundle]]:
+    """Bundles filled into micro-batches of at most `budget` tokens; one that is larger is cut, unless `whole`.
+
+    `layout`: "shared" (responses behind one copy of their prompt), "rows" (every row with its own) or "padded" (a row
+    of a tensor each, as long as the longest). A group larger than the budget is alone.
+    """
+    pieces = [piece for b in bundles for piece in ([b] if whole else _fitting(split, b, budget, layout))]
+    if layout == "padded":
+        lengths = split.lengths
+        pieces.sort(key=lambda piece: (-max(lengths[row] for group in piece for row in group), piece))
+    packed: list[list[Bundle]] = []
+    used = budget + 1
+    for piece in pieces:
+        if not packed or _cost(split, [*packed[-1], piece], layout, used) > budget:
             packed.append([])
-            rows, longest = 0, max(lengths[i] for i in group)
-        packed[-1].append(group)
-        rows += len(group)
+            used = 0
+        used = _cost(split, [*packed[-1], piece], layout, used)
+        packed[-1].append(piece)
     return packed
 
 
-def share(groups: Sequence[Group], lengths: np.ndarray, rank: int, world: int) -> list[Group]:
-    """This rank's part of a step, dealt out by length so that every rank has about as many tokens."""
-    return sorted(groups, key=lambda g: (-max(lengths[i] for i in g), g))[rank::world]
+def _cost(split: Split, pieces: list[Bundle], layout: str, before: int) -> int:
+    """Tokens of a micro-batch, where `before` is that of all its pieces but the last."""
+    if layout != "padded":
+        return before + tokens(split, pieces[-1], layout == "shared")
+    rows = [row for piece in pieces for group in piece for row in group]
+    return len(rows) * int(split.lengths[rows].max() - 1)
 
 
-def collate(split: Split, groups: Sequence[Group]) -> Batch:
-    """Right-padded tensors of some groups; the last token of a row is predicted but never fed."""
+def _fitting(split: Split, bundle: Bundle, budget: int, layout: str) -> Iterator[Bundle]:
+    """A bundle in as few parts as fit the budget."""
+    part: list[Group] = []
+    for group in bundle:
+        if part and _cost(split, [(*part, group)], layout, 0) > budget:
+            yield tuple(part)
+            part = []
+        part.append(group)
+    yield tuple(part)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch; the rows of a group stand next to each other, and the groups of a prompt too."""
+
+    groups: list[Group]
+    input_ids: Int64[Tensor, "lines T"]  # one line, or one for each row when it is padded
+    layout: Layout | None  # None when it is padded
+    predicts: Int64[Tensor, " N"]  # places in `input_ids`, flattened, whose logits predict a response token
+    targets: Int64[Tensor, " N"]
+    lengths: list[int]  # response tokens of each row
+    prompt_ends: Int64[Tensor, " B"]  # places in `input_ids`, flattened, of the last token of each row's prompt
+    ref_logps: Float32[Tensor, " N"]
+    rewards: Float64[Tensor, " B"]
+    first: Int64[Tensor, " G"]  # the first row of each group
+    prompt: Int64[Tensor, " B"]  # number of each row's bundle
+    types: list[str]  # of each group
+    sources: list[str]  # of each group
+    ref_rewards: list[np.ndarray]  # of each row; [] when they are not asked for
+
+    @property
+    def tokens(self) -> int:
+        """Tokens fed, padding included."""
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device) -> "Batch":
+        layout = self.layout and Layout(**{**vars(self.layout), **_moved(vars(self.layout), device)})
+        return Batch(**{**vars(self), **_moved(vars(self), device), "layout": layout})
+
+    def pinned(self) -> "Batch":
+        """In memory that a GPU copies from while it computes."""
+        return Batch(**{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+
+
+def _moved(values: dict[str, object], device: torch.device) -> dict[str, object]:
+    return {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
+
+
+def collate(split: Split, bundles: Sequence[Bundle], layout: str = "shared") -> Batch:
+    """Tensors of some bundles, packed or padded as `layout` says (see `micro_batches`)."""
+    groups = [group for bundle in bundles for group in bundle]
     order = [row for group in groups for row in group]
-    prompts = [_ints(split.rows["prompt_ids"], row) for row in order]
-    responses = [_ints(split.rows["response_ids"], row) for row in order]
-    width = max(split.lengths[row] for row in order) - 1
-    input_ids = torch.zeros(len(order), width, dtype=torch.int64)
-    predicts = torch.zeros(len(order), width, dtype=torch.bool)
-    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        fed = np.concatenate([prompt, response])[:-1]
-        input_ids[i, : len(fed)] = torch.from_numpy(fed)
-        predicts[i, len(prompt) - 1 : len(fed)] = True
-    starts = np.cumsum([0] + [len(group) for group in groups])[:-1]
+    sizes = [sum(map(len, bundle)) for bundle in bundles]
+    if layout == "padded":
+        input_ids, ends, starts = _padded(split, order)
+        where = None
+    else:
+        stretches = _stretches(split, order, sizes, layout == "shared")
+        input_ids, ends, starts, where = _packed(split, stretches)
+    responses = [split.responses[row] for row in order]
+    # the first token of a response is predicted by the prompt's end, the others by the tokens before them
+    predicts = [
+        np.concatenate([[e], np.arange(s, s + len(r) - 1)]) for e, s, r in zip(ends, starts, responses, strict=True)
+    ]
     return Batch(
-        input_ids=input_ids,
-        predicts=predicts,
-        targets=torch.from_numpy(np.concatenate(responses)),
+        groups=groups,
+        input_ids=torch.from_numpy(input_ids),
+        layout=where,
+        predicts=torch.from_numpy(np.concatenate(predicts)),
+        targets=torch.from_numpy(np.concatenate(responses).astype(np.int64)),
         lengths=[len(response) for response in responses],
-        ref_logps=torch.from_numpy(np.concatenate([split.rows["ref_logps"][row].values.to_numpy() for row in order])),
+        prompt_ends=torch.tensor(ends),
+        ref_logps=torch.from_numpy(np.concatenate([split.ref_logps[row] for row in order])),
         rewards=torch.from_numpy(split.rewards[order]),
-        first=torch.from_numpy(starts),
-        types=[split.types[group[0]] for group in groups],
+        first=torch.from_numpy(np.cumsum([0] + [len(group) for group in groups])[:-1]),
+        prompt=torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)),
+        types=[split.type_of(group) for group in groups],
+        sources=[split.source_names[split.sources[group[0]]] for group in groups],
+        ref_rewards=[] if split.ref_rewards is None else [split.ref_rewards[row] for row in order],
     )
 
 
-def _ints(column: pa.ChunkedArray, row: int) -> np.ndarray:
-    return column[row].values.to_numpy().astype(np.int64)
+def _stretches(split: Split, order: list[int], sizes: list[int], share_prompt: bool) -> list[list[int]]:
+    """The rows that stand behind each copy of a prompt: those next to each other with the same prompt tokens."""
+    out: list[list[int]] = []
+    bundle = np.repeat(np.arange(len(sizes)), sizes)
+    for i, row in enumerate(order):
+        before = out[-1][0] if out else None
+        same = share_prompt and i > 0 and bundle[i] == bundle[i - 1]
+        if same and before is not None and np.array_equal(split.prompts[before], split.prompts[row]):
+            out[-1].append(row)
+        else:
+            out.append([row])
+    return out
+
+
+def _packed(split: Split, stretches: list[list[int]]) -> tuple[np.ndarray, list[int], list[int], Layout]:
+    """One line of tokens, where each row's prompt ends and its response starts in it, and the layout."""
+    ids, positions, branches, numbers = [], [], [], []
+    ends: list[int] = []
+    starts: list[int] = []
+    spans: list[list[tuple[int, int]]] = []
+    at = 0
+    for number, rows in enumerate(stretches):
+        prompt = split.prompts[rows[0]]
+        parts = [prompt, *(split.responses[row][:-1] for row in rows)]
+        end = at + len(prompt) - 1
+        spans.append([])
+        for branch, part in enumerate(parts):
+            ids.append(part)
+            positions.append(np.arange(len(part)) + (len(prompt) if branch else 0))
+            branches.append(np.full(len(part), branch or PROMPT))
+            numbers.append(np.full(len(part), number))
+            if branch:
+                ends.append(end)
+                starts.append(at)
+            spans[-1].append((at, at + len(part)))
+            at += len(part)
+    flat = [torch.from_numpy(np.concatenate(x)) for x in (positions, numbers, branches)]
+    return np.concatenate(ids).astype(np.int64)[None], ends, starts, Layout(*flat, spans)
+
+
+def _padded(split: Split, order: list[int]) -> tuple[np.ndarray, list[int], list[int]]:
+    """A line for each row, padded on the right, and where prompts end and responses start in them, flattened."""
+    width = int(split.lengths[order].max()) - 1
+    input_ids = np.zeros((len(order), width), np.int64)
+    starts = []
+    for i, row in enumerate(order):
+        fed = np.concatenate([split.prompts[row], split.responses[row][:-1]])
+        input_ids[i, : len(fed)] = fed
+        starts.append(i * width + len(split.prompts[row]))
+    return input_ids, [start - 1 for start in starts], starts

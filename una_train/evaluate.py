@@ -15,53 +15,66 @@ BINS = 10
 
 @dataclass(frozen=True)
 class Judged:
-    """One group after a forward pass; `rows`, `logratios` and `rewards` have one entry per row."""
+    """One group after a forward pass; `rows`, `logratios`, `implicit` and `rewards` have one entry per row."""
 
     rows: tuple[int, ...]
     type: str
+    weight: float  # of its type and source
     loss: float  # unweighted
     logratios: tuple[float, ...]  # h, nats
+    implicit: tuple[float, ...]  # β·h
     rewards: tuple[float, ...]  # explicit, in [0, 1]
+    predicted: float  # what the loss compares with the (first row's) explicit reward: σ(β·h + offset), σ(r₁ − r₂)
     tokens: int  # response tokens of all rows
 
 
-def weighted_loss(judged: Sequence[Judged], weights: dict[str, float]) -> float:
-    """Σ type weight · loss / number of groups: what a step minimises."""
-    return math.fsum(weights[j.type] * j.loss for j in judged) / len(judged)
+def weighted_loss(judged: Sequence[Judged]) -> float:
+    """Σ weight · loss / number of groups: what a step minimises."""
+    return math.fsum(j.weight * j.loss for j in judged) / len(judged)
 
 
-def by_type(judged: Iterable[Judged], beta: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """Metrics of each type present: count (groups), loss, implicit_reward, accuracy, calibration_error, kl.
+def by_type(judged: Iterable[Judged]) -> dict[str, dict[str, Any]]:
+    """Metrics of each type present: count (groups), loss, implicit_reward, accuracy, calibration_error, kl, and more.
 
     `accuracy`: share of comparisons whose better row has the higher implicit reward; a half for equal ones,
     ties left out; null for other types. `calibration_error`: see that function. `kl`: mean of h per response
     token, in nats, on the dataset's own responses; it says how far the policy has moved on them and is no
-    estimate of KL(π_θ‖π_ref), which needs responses sampled from the policy.
+    estimate of KL(π_θ‖π_ref), which needs responses sampled from the policy. `logratio_good`, `logratio_bad`: mean
+    of h over rows with an explicit reward above, and below, one half; null without any. `saturation`: mean of
+    |2·p − 1| over the predicted rewards p; near 1, σ is flat and little is learned.
     """
     kinds: dict[str, list[Judged]] = {}
     for one in judged:
         kinds.setdefault(one.type, []).append(one)
-    return {kind: _metrics(kind, kinds[kind], beta[kind]) for kind in sorted(kinds)}
+    return {kind: _metrics(kind, kinds[kind]) for kind in sorted(kinds)}
 
 
-def _metrics(kind: str, judged: list[Judged], beta: float) -> dict[str, Any]:
+def _metrics(kind: str, judged: list[Judged]) -> dict[str, Any]:
     logratios = np.concatenate([j.logratios for j in judged])
-    implicit = beta * logratios
+    explicit = np.concatenate([j.rewards for j in judged])
+    first = np.array([j.rewards[0] for j in judged])
+    scores = np.clip([j.predicted for j in judged], 0, 1)
     if kind == "pairwise":
-        margin = beta * np.array([j.logratios[0] - j.logratios[1] for j in judged])
-        first = np.array([j.rewards[0] for j in judged])
+        margin = np.array([j.implicit[0] - j.implicit[1] for j in judged])
         # either row may come first, so both orders count
-        logits, targets = np.concatenate([margin, -margin]), np.concatenate([first, 1 - first])
+        scores, targets = np.concatenate([scores, 1 - scores]), np.concatenate([first, 1 - first])
     else:
-        logits, targets = implicit, np.concatenate([j.rewards for j in judged])
+        targets = first
     return {
         "count": len(judged),
         "loss": math.fsum(j.loss for j in judged) / len(judged),
-        "implicit_reward": float(implicit.mean()),
+        "implicit_reward": float(np.concatenate([j.implicit for j in judged]).mean()),
         "accuracy": accuracy(margin, first) if kind == "pairwise" else None,
-        "calibration_error": calibration_error(_sigmoid(logits), targets),
+        "calibration_error": calibration_error(scores, targets),
         "kl": float(logratios.sum() / sum(j.tokens for j in judged)),
+        "logratio_good": _mean(logratios[explicit > 0.5]),
+        "logratio_bad": _mean(logratios[explicit < 0.5]),
+        "saturation": float(np.abs(2 * scores - 1).mean()),
     }
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
 
 
 def accuracy(margin: np.ndarray, first: np.ndarray) -> float | None:
@@ -79,10 +92,6 @@ def calibration_error(scores: np.ndarray, targets: np.ndarray) -> float:
     bins = np.minimum((scores * BINS).astype(int), BINS - 1)
     gaps = np.abs(np.bincount(bins, scores, BINS) - np.bincount(bins, targets, BINS))
     return float(gaps.sum() / len(scores))
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 * (1 + np.tanh(x / 2))
 
 
 def finite(value: Any) -> Any:

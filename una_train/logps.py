@@ -1,37 +1,149 @@
-"""Log-probs of the response tokens, with the output head applied only where a response token is predicted.
+"""Log-probs of the response tokens, without a tensor of logits.
 
-The head of a causal model costs V numbers per position, and prompts are most of the positions; so a hook hands
-the head only the hidden states that matter, and the model's own forward finishes the logits, with its bias,
-scale and soft-cap, whatever they are. What is left out: gradients' reduction and the losses.
+The head of a causal model costs V numbers per position: only positions that predict a response token meet it, a chunk
+of them at a time, and the backward pass computes a chunk's logits again instead of keeping them (unless all of them
+are few). The model's own forward, with the head applied to the same positions at once, is the fallback for heads that
+are not one plain linear layer. What is left out: attention over packed rows (`packing`) and the losses.
 
-Shapes: B rows, T tokens (padded on the right), V vocabulary, N response tokens of all rows together.
-No attention mask is passed: with padding on the right, a causal model never looks at it, and attention keeps
-its fast path.
+Shapes: T tokens, D hidden width, V vocabulary, N response tokens of all rows together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Float32, Float64, Int64
+from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# Logits computed at once. On a CPU 24 MB of them, which glibc's allocator keeps for the next chunk.
+CHUNK = {"cpu": 6 << 20, "cuda": 1 << 26}
+# With no more logits than this in all, their softmax waits for the backward pass instead of being computed again.
+KEPT = {"cpu": 1 << 25, "cuda": 1 << 28}
 
 
-def response_logps(
-    model: nn.Module,
-    head: nn.Module,
-    input_ids: Int64[Tensor, "B T"],
-    predicts: Bool[Tensor, "B T"],
+def linear_logps(
+    hidden: Float[Tensor, "N D"],
+    head: nn.Linear,
     targets: Int64[Tensor, " N"],
+    scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Float32[Tensor, " N"]:
-    """log π(token) in nats of every response token, row after row.
+    """log softmax(z)[target] of every position in nats, z = scale·(W·h + b), then c·tanh(z/c) where `softcap` is c.
 
-    `predicts` marks the positions whose logits predict a response token, which `targets` names; `head` is the
-    model's `get_output_embeddings()`.
+    Matrix products run in autocast's dtype, all else and the sums of gradients in float32.
     """
-    with head.register_forward_pre_hook(lambda _, args: (args[0][predicts].unsqueeze(0),)):
-        logits = model(input_ids=input_ids, use_cache=False).logits[0]
-    return -F.cross_entropy(logits.float(), targets, reduction="none")
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    few = softcap is None and targets.numel() * len(head.weight) <= KEPT.get(device, 0)
+    how = _How(dtype, scale, softcap, keep=few and torch.is_grad_enabled())
+    return _LinearLogps.apply(hidden, head.weight, head.bias, targets, how)
+
+
+@dataclass(frozen=True)
+class _How:
+    dtype: torch.dtype  # of the matrix products
+    scale: float
+    cap: float | None
+    keep: bool  # the softmax, from forward to backward
+
+
+class _LinearLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, how: _How) -> Tensor:
+        logps = hidden.new_empty(len(targets), dtype=torch.float32)
+        cast, kept = _cast(weight, bias, how), []
+        for rows in _chunks(len(targets), len(weight), hidden.device):
+            logits = _logits(hidden[rows], *cast, how)
+            target = logits.gather(-1, targets[rows, None])
+            logps[rows], softmax = _log_softmax(logits, target)
+            if how.keep:
+                kept.append(softmax)
+            del logits, softmax  # before the next chunk, not after it
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.how, ctx.kept = how, kept
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override, no-untyped-def]
+        hidden, weight, bias, targets = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        of_hidden = torch.empty_like(hidden) if need_hidden else None
+        of_weight: Tensor | None = None
+        of_bias: Tensor | None = None
+        cast, kept, ctx.kept = _cast(weight, bias, ctx.how), ctx.kept, []
+        for rows in _chunks(len(targets), len(weight), hidden.device):
+            softmax = kept.pop(0) if kept else None
+            d = _grad_of_logits(hidden[rows], *cast, targets[rows], grad[rows].float(), ctx.how, softmax)
+            if need_bias:
+                of_bias = _plus(of_bias, d.sum(0))
+            d = d.to(ctx.how.dtype)
+            if of_hidden is not None:
+                of_hidden[rows] = d @ cast[0]
+            if need_weight:
+                of_weight = _plus_product(of_weight, d, hidden[rows].to(ctx.how.dtype))
+            del softmax, d
+        back = [None if g is None else g.to(w.dtype) for g, w in ((of_weight, weight), (of_bias, bias))]
+        return of_hidden, *back, None, None
+
+
+def _cast(weight: Tensor, bias: Tensor | None, how: _How) -> tuple[Tensor, Tensor | None]:
+    return weight.to(how.dtype), None if bias is None else bias.to(how.dtype)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = F.linear(hidden.to(how.dtype), weight, bias).float()
+    logits = logits if how.scale == 1 else logits.mul_(how.scale)
+    return logits if how.cap is None else logits.div_(how.cap).tanh_().mul_(how.cap)
+
+
+def _log_softmax(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """log softmax of the target logits [n, 1] → [n], and the softmax [n, V], in the memory of the logits."""
+    top = logits.amax(-1, keepdim=True)
+    odds = logits.sub_(top).exp_()
+    total = odds.sum(-1, keepdim=True)
+    return (target - top - total.log())[:, 0], odds.div_(total)
+
+
+def _grad_of_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    grad: Tensor,
+    how: _How,
+    softmax: Tensor | None,
+) -> Tensor:
+    """grad · (onehot(target) − softmax) [n, V], through cap and scale to the head's own output."""
+    slope = None
+    if softmax is None:
+        logits = _logits(hidden, weight, bias, how)
+        if how.cap is not None:
+            slope = (logits / how.cap).square_().neg_().add_(1)
+        _, softmax = _log_softmax(logits, logits[:, :1])
+    d = softmax.mul_(-grad[:, None]).scatter_add_(-1, targets[:, None], grad[:, None])
+    d = d if slope is None else d.mul_(slope)
+    return d if how.scale == 1 else d.mul_(how.scale)
+
+
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total.add_(more)
+
+
+def _plus_product(total: Tensor | None, d: Tensor, hidden: Tensor) -> Tensor:
+    """total + dᵀ·hidden, summed in float32."""
+    if total is not None and d.dtype == total.dtype:
+        return total.addmm_(d.T, hidden)
+    return _plus(total, (d.T @ hidden).float())
+
+
+def _chunks(positions: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
+    size = max(1, CHUNK.get(device.type, 1 << 24) // vocabulary)
+    return (slice(start, start + size) for start in range(0, positions, size))
 
 
 def row_sums(flat: Float[Tensor, " N"], lengths: Sequence[int]) -> Float64[Tensor, " B"]:

@@ -1,14 +1,16 @@
-"""The losses: an implicit reward is regressed onto an explicit one (UNA, arXiv 2408.15339).
+"""The objectives: an implicit reward is regressed onto an explicit one (UNA, arXiv 2408.15339), and its peers.
 
-Pure functions, one loss per group, no reduction. What is left out: where the log-probs come from
-(`logps`), and how groups are weighted (`train`).
+Pure functions, one loss per group, no reduction. What is left out: where the log-probs come from (`logps`), what is
+added to an implicit reward before a pointwise loss sees it (`offsets`), and how groups are weighted (`train`).
 
-Shapes: n groups. `logit` is the implicit reward r = β·(log π_θ(y|x) − log π_ref(y|x)) of a row, or the
-difference r₁ − r₂ of a comparison's two rows; `target` is the explicit reward in [0, 1] of that row, or the
-probability p that the first row of the comparison is better.
+Shapes: n groups. r = β·(log π_θ(y|x) − log π_ref(y|x)) is the implicit reward of a row, nats times β; a pointwise loss
+gets r + f, with f the offset. s in [0, 1] is a row's explicit reward. A pairwise loss gets both rows' r and the
+probability p that the first is the better one, so their explicit rewards are p and 1 − p.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +18,141 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def logistic(logit: Float[Tensor, " n"], target: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """−p·log σ(r₁ − r₂) − (1 − p)·log σ(r₂ − r₁); DPO when p = 1 (Eq. 10 with log σ)."""
-    return -target * F.logsigmoid(logit) - (1 - target) * F.logsigmoid(-logit)
+@dataclass(frozen=True)
+class Options:
+    """Settings of the losses; those a loss does not name in its equation leave it alone."""
+
+    beta: float = 1.0  # β of the type
+    label_smoothing: float = 0.0  # ε, the share of verdicts taken to be wrong
+    margin: float = 0.0  # m, asked of a clear verdict
+    desirable_weight: float = 1.0  # λ_D
+    undesirable_weight: float = 1.0  # λ_U
 
 
-def mse(logit: Float[Tensor, " n"], target: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """(σ(r) − s)² (Eq. 11 and 13)."""
-    return (torch.sigmoid(logit) - target) ** 2
+# --- pointwise: r [n], with its offset; s [n] --------------------------------------------------
 
 
-def bce(logit: Float[Tensor, " n"], target: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """−s·log σ(r) − (1 − s)·log(1 − σ(r)) (Eq. 12), from the logit."""
-    return F.binary_cross_entropy_with_logits(logit, target, reduction="none")
+def una_mse(r: Float[Tensor, " n"], s: Float[Tensor, " n"], o: Options) -> Float[Tensor, " n"]:
+    """(σ(r) − s)² (UNA, Eq. 11 and 13)."""
+    return (torch.sigmoid(r) - s) ** 2
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"logistic": logistic, "mse": mse, "bce": bce}
+def una_bce(r: Float[Tensor, " n"], s: Float[Tensor, " n"], o: Options) -> Float[Tensor, " n"]:
+    """−s·log σ(r) − (1 − s)·log σ(−r) (UNA, Eq. 12), from the logit; s may lie anywhere in [0, 1].
+
+    With the offset `midpoint` it is BCO (arXiv 2404.04656).
+    """
+    return F.binary_cross_entropy_with_logits(r, s, reduction="none")
+
+
+def kto(r: Float[Tensor, " n"], s: Float[Tensor, " n"], o: Options) -> Float[Tensor, " n"]:
+    """s·λ_D·(1 − σ(r)) + (1 − s)·λ_U·(1 − σ(−r)), with the offset −z₀ in r (KTO, arXiv 2402.01306).
+
+    A label of 0.3 counts 0.3 as desirable and 0.7 as undesirable.
+    """
+    return s * o.desirable_weight * torch.sigmoid(-r) + (1 - s) * o.undesirable_weight * torch.sigmoid(r)
+
+
+def dro(r: Float[Tensor, " n"], s: Float[Tensor, " n"], o: Options) -> Float[Tensor, " n"]:
+    """½·(s − r)² (DRO, arXiv 2405.19107), where the offset in r is the value V(x) of the prompt.
+
+    The same with s the quantile of the reward among those of reference samples, and β·log Z known, is
+    QRPO (arXiv 2507.08068), up to the factor ½.
+    """
+    return 0.5 * (s - r) ** 2
+
+
+def qrpo(r: Float[Tensor, " n"], s: Float[Tensor, " n"], o: Options) -> Float[Tensor, " n"]:
+    """(s − r)², s a quantile and β·log Z = β·log(β·(e^{1/β} − 1)) in r (QRPO, arXiv 2507.08068)."""
+    return (s - r) ** 2
+
+
+# --- pairwise: both rows' r [n], p [n] ---------------------------------------------------------
+
+
+def pairwise(
+    first: Float[Tensor, " n"], second: Float[Tensor, " n"], p: Float[Tensor, " n"], o: Options
+) -> Float[Tensor, " n"]:
+    """−q·log σ(d) − (1 − q)·log σ(−d), d = r₁ − r₂ − m·(2p − 1), q = (1 − ε)·p + ε·(1 − p).
+
+    UNA's Eq. 10 with log σ. DPO (arXiv 2305.18290, Eq. 7) when p is 1; soft labels, conservative DPO's label smoothing
+    ε, and a margin m, which a softer verdict asks less of (ODPO, arXiv 2402.10571, in linear form).
+    """
+    d = first - second - o.margin * (2 * p - 1)
+    q = (1 - o.label_smoothing) * p + o.label_smoothing * (1 - p)
+    return -q * F.logsigmoid(d) - (1 - q) * F.logsigmoid(-d)
+
+
+def ipo(
+    first: Float[Tensor, " n"], second: Float[Tensor, " n"], p: Float[Tensor, " n"], o: Options
+) -> Float[Tensor, " n"]:
+    """p·(Δ − 1/2β)² + (1 − p)·(Δ + 1/2β)², Δ = (r₁ − r₂)/β in nats (IPO, arXiv 2310.12036, Eq. 17).
+
+    The paper sums log-ratios over a response; `length_normalize` averages them, as TRL does.
+    """
+    delta = (first - second) / o.beta
+    half = 1 / (2 * o.beta)
+    return p * (delta - half) ** 2 + (1 - p) * (delta + half) ** 2
+
+
+def rebel(
+    first: Float[Tensor, " n"], second: Float[Tensor, " n"], p: Float[Tensor, " n"], o: Options
+) -> Float[Tensor, " n"]:
+    """((r₁ − r₂) − (s₁ − s₂))², s₁ − s₂ = 2p − 1 (REBEL, arXiv 2404.16767, with η = 1/β)."""
+    return (first - second - (2 * p - 1)) ** 2
+
+
+def rpo(
+    first: Float[Tensor, " n"], second: Float[Tensor, " n"], p: Float[Tensor, " n"], o: Options
+) -> Float[Tensor, " n"]:
+    """KL of Bernoulli σ(s₁ − s₂) from σ(r₁ − r₂), s₁ − s₂ = 2p − 1 (RPO-bwd, arXiv 2502.00203)."""
+    q, d = torch.sigmoid(2 * p - 1), first - second
+    entropy = -(torch.xlogy(q, q) + torch.xlogy(1 - q, 1 - q))
+    return F.binary_cross_entropy_with_logits(d, q, reduction="none") - entropy
+
+
+def nca(
+    first: Float[Tensor, " n"], second: Float[Tensor, " n"], p: Float[Tensor, " n"], o: Options
+) -> Float[Tensor, " n"]:
+    """p·L(r₁, r₂) + (1 − p)·L(r₂, r₁), L(w, l) = −log σ(w) − ½·log σ(−w) − ½·log σ(−l) (NCA, arXiv 2402.05369).
+
+    For two responses.
+    """
+    both = 0.5 * (F.logsigmoid(-first) + F.logsigmoid(-second))
+    return -p * F.logsigmoid(first) - (1 - p) * F.logsigmoid(second) - both
+
+
+# --- all of them -------------------------------------------------------------------------------
+
+SCORE_OFFSETS = ("none", "ema", "group_mean", "ref_lme", "learned")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss, and what goes with it.
+
+    `space`: a pointwise loss compares the explicit reward with σ(r) ("score") or with r itself ("reward").
+    `offsets`: what may be added to r; the first is the default.
+    """
+
+    loss: Callable[..., Any]
+    pairs: bool = False
+    space: str = "score"
+    offsets: tuple[str, ...] = ("none",)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "una_mse": Objective(una_mse, offsets=SCORE_OFFSETS),
+    "una_bce": Objective(una_bce, offsets=SCORE_OFFSETS),
+    "kto": Objective(kto, offsets=("reference_point",)),
+    "bco": Objective(una_bce, offsets=("midpoint",)),
+    "dro": Objective(dro, space="reward", offsets=("learned", "group_mean", "ema", "ref_lme", "none")),
+    "qrpo": Objective(qrpo, space="reward", offsets=("ref_quantile",)),
+    "pairwise": Objective(pairwise, pairs=True),
+    "ipo": Objective(ipo, pairs=True),
+    "rebel": Objective(rebel, pairs=True),
+    "rpo": Objective(rpo, pairs=True),
+    "nca": Objective(nca, pairs=True),
+}
+POINTWISE = tuple(name for name, objective in OBJECTIVES.items() if not objective.pairs)
+PAIRWISE = tuple(name for name, objective in OBJECTIVES.items() if objective.pairs)

@@ -10,19 +10,18 @@ from schemas.errors import UserError
 from schemas.fingerprint import Fingerprint, differences
 from una_train import data
 from una_train.config import Config
-from una_train.logps import response_logps
 
 log = logging.getLogger("una_train")
 
-GROUPS = 12
+BUNDLES = 12
 WAY_OUT = "`--set parity_check=false` trains regardless"
 
 
 @torch.no_grad()
 def check(
     accelerator: Accelerator,
-    policy: nn.Module,
-    head: nn.Module,
+    model: nn.Module,
+    layout: str,
     split: data.Split,
     config: Config,
     reference: Fingerprint,
@@ -30,7 +29,8 @@ def check(
 ) -> None:
     """Before the first step π_θ is π_ref: the log-probs of rows from all over the split must equal the stored ones.
 
-    Every process checks the same rows. The tolerance is on the mean of |Δ| per token, in nats: 1e-3 between
+    `model` takes a batch in `layout`, and every process checks the same rows. The tolerance is on the mean of |Δ| per
+    token, in nats: 1e-3 between
     float32 runs, 0.1 where bfloat16 is involved, whose rounding alone gives about 0.01 to 0.05. Another tokenizer or
     chat template does not change stored token ids, but would be saved with the policy: that is an error by itself.
     """
@@ -41,13 +41,14 @@ def check(
             f"the model's files are not those the dataset was scored with: {'; '.join(saved)} differ; give the scored "
             f"model, or run `una reference` again with this one ({WAY_OUT})"
         )
-    groups = split.groups[:: max(1, len(split.groups) // GROUPS)][:GROUPS]  # from all over the split
-    rows = sum(map(len, groups))
-    policy.eval()
+    count = len(split.bundle_starts) - 1
+    bundles = [split.bundle(i)[:2] for i in range(0, count, max(1, count // BUNDLES))][:BUNDLES]
+    rows = sum(len(group) for bundle in bundles for group in bundle)
+    model.eval()
     total, tokens = 0.0, 0
-    for micro in data.micro_batches(groups, split.lengths, config.micro_batch_tokens):
-        batch = data.collate(split, micro).to(accelerator.device)
-        logps = response_logps(policy, head, batch.input_ids, batch.predicts, batch.targets)
+    for micro in data.micro_batches(split, bundles, config.micro_batch_tokens, layout):
+        batch = data.collate(split, micro, layout).to(accelerator.device)
+        logps, _ = model(batch)
         total += (logps - batch.ref_logps).abs().sum().item()
         tokens += len(batch.targets)
     exact = {reference.get("dtype", "float32"), config.dtype} == {"float32"}

@@ -1,7 +1,8 @@
 """The run directory: what is in it, when it may be written, and how it survives a kill.
 
 Files are written beside their place and renamed, so a name that exists is complete. run.json comes first without
-and last with a final result; a checkpoint is the weights, the optimizer and a step.
+last with a final result; a checkpoint is the weights, the state of the optimizer and of the offsets, and a step, in
+safetensors and JSON: no pickle.
 """
 
 import dataclasses
@@ -14,7 +15,6 @@ import platform
 import re
 import shutil
 import subprocess
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,12 +22,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import transformers
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from schemas.errors import UsageError, UserError
 from schemas.fingerprint import fingerprint
@@ -36,12 +39,15 @@ from una_train import config as settings
 from una_train import data, evaluate
 from una_train.config import Config
 from una_train.evaluate import Judged
+from una_train.watch import Watch
 
 log = logging.getLogger("una_train")
 
 # what a run writes, and all that --overwrite removes
 RUN_FILES = ("config.yaml", "metrics.jsonl", "predictions.parquet", "policy", "tensorboard", "wandb", "run.json")
 LEFTOVERS = (".checkpoint-*", ".policy", ".run.json", ".predictions.parquet", ".metrics.jsonl", ".config.yaml")
+
+VALUE = "value"  # key of a parameter itself among its optimizer state
 
 # --- the directory ----------------------------------------------------------------------
 
@@ -187,32 +193,112 @@ def check_same_run(output: Path, facts: dict[str, Any]) -> None:
 # --- checkpoints -------------------------------------------------------------------------------
 
 
+def gathered(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors as whole ones on the CPU, tied ones once; a call of all processes when they are sharded."""
+    seen: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+    out: dict[str, Any] = {}
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            out[name] = value
+            continue
+        local = value.to_local() if isinstance(value, DTensor) else value
+        key = (local.data_ptr(), tuple(value.shape))
+        if key not in seen or not local.numel():
+            seen[key] = (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+        out[name] = seen[key]
+    return out
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """`parameter//key` → tensor or number, of every parameter that has been stepped, and the learned offset itself."""
+    moments = {
+        f"{name}//{key}": value
+        for name, parameter in _optimized(model)
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    return moments | {f"{name}//{VALUE}": p for name, p in model.named_parameters() if name.startswith("value.")}
+
+
+def _optimized(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters as the optimizer has them: a forward pass without a backward one leaves some of FSDP's whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return list(model.named_parameters())
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Put a checkpoint's state into an optimizer that has not stepped, sharded as the parameters are."""
+    stored = {**load_file(checkpoint / "optimizer.safetensors"), **checkpoint_facts(checkpoint)["optimizer"]}
+    for name, parameter in _optimized(model):
+        of_parameter = {key.split("//")[1]: value for key, value in stored.items() if key.split("//")[0] == name}
+        for key, value in of_parameter.items():
+            if isinstance(value, Tensor):
+                value = value.to(parameter.device)
+                if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            if key == VALUE:
+                parameter.data.copy_(value)
+            else:
+                optimizer.state[parameter][key] = value
+
+
 def save_checkpoint(
-    output: Path, step: int, policy: Any, optimizer: torch.optim.Optimizer, seconds: float, keep: int
+    output: Path,
+    step: int,
+    policy: Any,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Any],
+    facts: dict[str, Any],
+    keep: int,
 ) -> None:
-    """Write checkpoint-{step} beside its place and rename it; then drop all but the newest `keep`."""
+    """Write checkpoint-{step} beside its place and rename it; then drop all but the newest `keep`.
+
+    `weights` and `optimizer` are gathered; `facts` (JSON) come back from `checkpoint_facts`.
+    """
+    tensors = {name: value.contiguous() for name, value in optimizer.items() if isinstance(value, Tensor)}
+    numbers = {name: value for name, value in optimizer.items() if not isinstance(value, Tensor)}
     with written_whole(output / f"checkpoint-{step:06d}") as temp:
-        policy.save_pretrained(temp / "policy")
-        torch.save(optimizer.state_dict(), temp / "optimizer.pt")
-        (temp / "checkpoint.json").write_text(json.dumps({"step": step, "seconds": seconds}) + "\n")
+        policy.save_pretrained(temp / "policy", state_dict=weights)
+        save_file(tensors, temp / "optimizer.safetensors")
+        files = {str(p.relative_to(temp)): sha256(p) for p in sorted(temp.rglob("*")) if p.is_file()}
+        whole = {"step": step, **facts, "files": files, "optimizer": numbers}
+        (temp / "checkpoint.json").write_text(json.dumps(whole) + "\n")
     for old in _checkpoints(output)[:-keep]:
         os.rename(old, temporary(old))  # never half a directory under a checkpoint's name
         shutil.rmtree(temporary(old, clear=False))
+
+
+def checkpoint_facts(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors: step, seconds, running offsets."""
+    return json.loads((checkpoint / "checkpoint.json").read_text("utf-8"))
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A directory beside `path` to write into, renamed into its place at the end; a full disk is a `UserError`."""
     temp = temporary(path)
+    temp.mkdir()
     try:
         yield temp
+        for file in temp.rglob("*"):  # on disk before the name says that it is whole
+            _sync(file)
         os.rename(temp, path)
+        _sync(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temp, ignore_errors=True)
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{path}: could not be written ({reason}); free disk space, then continue with --resume"
         ) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def temporary(path: Path, clear: bool = True) -> Path:
@@ -238,23 +324,24 @@ def newest_checkpoint(output: Path) -> Path | None:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, without loading their tensors; None when they are whole."""
+    """What is wrong with a checkpoint's files; None when they are what was written."""
     try:
-        json.loads((checkpoint / "checkpoint.json").read_text("utf-8"))["step"]
-        for file in (checkpoint / "policy").glob("*.safetensors"):
-            with safe_open(file, "pt") as weights:
-                weights.keys()
-        with zipfile.ZipFile(checkpoint / "optimizer.pt") as state:
-            return f"{broken} in optimizer.pt" if (broken := state.testzip()) else None
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, zipfile.BadZipFile) as error:
+        for name, digest in checkpoint_facts(checkpoint)["files"].items():
+            if sha256(checkpoint / name) != digest:
+                return f"{name} is not as it was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
+    return None
 
 
 # --- results ---------------------------------------------------------------------------------
 
 
-def recorder(accelerator: Accelerator, config: Config, output: Path, done: int) -> Any:
-    """A function that writes one line of metrics.jsonl and tells the trackers; nothing but on the main process."""
+def recorder(accelerator: Accelerator, config: Config, output: Path, done: int, watch: Watch) -> Any:
+    """A function that writes one line of metrics.jsonl, tells the trackers and gives the watch's warnings.
+
+    It does nothing but on the main process.
+    """
     if config.tracker != "none":
         name = "tensorboard" if config.tracker == "tensorboard" else "una"
         options = {"tensorboard": {"purge_step": done + 1}, "wandb": {"dir": str(output)}}
@@ -263,26 +350,26 @@ def recorder(accelerator: Accelerator, config: Config, output: Path, done: int) 
     def record(step: int, epoch: float, split: str, judged: list[Judged], facts: Mapping[str, float | None]) -> None:
         if not accelerator.is_main_process:
             return
-        loss = evaluate.weighted_loss(judged, config.type_weights)
-        by_type = evaluate.by_type(judged, config.beta)
+        loss = evaluate.weighted_loss(judged)
+        by_type = evaluate.by_type(judged)
         line = {"step": step, "epoch": epoch, "split": split, "loss": loss, **facts, "by_type": by_type}
         with (output / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(evaluate.finite(line)) + "\n")
         accelerator.log(evaluate.flat({split: {"loss": loss, **facts, **by_type}}), step=step)
         if split == "test":
             log.info("step %d: test loss %.4f", step, loss)
+        for words in watch(step, split, by_type):
+            log.warning("%s", words)
 
     return record
 
 
-def write_predictions(path: Path, split: data.Split, judged: list[Judged], config: Config) -> None:
+def write_predictions(path: Path, split: data.Split, judged: list[Judged]) -> None:
     rows = [row for one in judged for row in one.rows]
-    h = np.array([h for one in judged for h in one.logratios])
-    beta = np.array([config.beta[one.type] for one in judged for _ in one.rows])
-    taken = split.rows.take(rows)
-    columns = {name: taken[name] for name in ("id", "type", "source", "comparison_id", "reward")}
-    columns["implicit_reward"] = pa.array((beta * h).astype(np.float32))
-    columns["logratio"] = pa.array(h)
-    columns["tokens"] = pc.list_value_length(taken["response_ids"])
+    taken = split.columns(["id", "type", "source", "comparison_id", "reward"], rows)
+    columns = {name: taken[name] for name in taken.column_names}
+    columns["implicit_reward"] = pa.array(np.array([r for one in judged for r in one.implicit], np.float32))
+    columns["logratio"] = pa.array([h for one in judged for h in one.logratios])
+    columns["tokens"] = pa.array(split.responses.lengths[rows].astype(np.int32))
     pq.write_table(pa.table(columns), path.with_name(f".{path.name}"))
     os.replace(path.with_name(f".{path.name}"), path)

@@ -1,52 +1,56 @@
 """The trainer: `command` prepares a run, `train` is the loop, read from top to bottom.
 
-Only the policy is in memory: log π_ref is a column of the dataset. One step is AdamW on
-Σ type weight · loss / groups, over all groups of the step, so neither packing nor the number of processes
-changes it. The order of groups, the learning rate and the seeds are functions of the step, so a checkpoint is the
-weights, the optimizer and a number.
+Only the policy is in memory: log π_ref is a column of the dataset. One step is AdamW on Σ weight · loss / groups, over
+all groups of the step, so neither packing nor the number of processes changes it. The order of groups, the learning
+rate and the seeds are functions of the step, so a checkpoint is weights, optimizer state, running offsets and a number.
 
-Left out: sharded training (FSDP, DeepSpeed), streaming, and rollouts.
-
-Shapes: B rows of a micro-batch, G groups of a micro-batch.
+Left out: DeepSpeed, and rollouts.
 """
 
 import argparse
 import dataclasses
-import importlib.metadata
-import importlib.util
 import json
 import logging
 import math
 import os
-import re
 import shutil
+import socket
 import time
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object, set_seed
-from torch import Tensor, nn
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    gather_object,
+    set_seed,
+)
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from schemas.errors import UsageError, UserError
-from schemas.fingerprint import TEMPLATE_FILE, TOKENIZER_FILES, Fingerprint, local_model
+from schemas.fingerprint import Fingerprint, local_model
 from schemas.manifest import Manifest
 from una_train import config as settings
-from una_train import data, evaluate, parity, rundir
+from una_train import data, evaluate, parity, policy, rundir, watch
 from una_train.config import Config
+from una_train.data import Batch, Split
 from una_train.evaluate import Judged
-from una_train.logps import response_logps, row_sums
-from una_train.losses import LOSSES
+from una_train.objective import Objectives
+from una_train.offsets import FROM_REFERENCE
 
 log = logging.getLogger("una_train")
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,151 +76,185 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     if not accelerator.is_main_process:
         log.setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()  # there is one of our own
-    with accelerator.main_process_first():  # one download
-        model_dir = local_model(args.model)
-    splits = {split: data.read(dataset, split) for split in ("train", "test")}
-    _check_dataset(dataset, splits, model_dir)
-    facts = rundir.facts_of(args.model, args.dataset, config, model_dir)
-    checkpoint = rundir.newest_checkpoint(output) if args.resume else None
-    if args.resume:
-        rundir.check_same_run(output, facts)
+    model_dir = _first(accelerator, lambda: local_model(args.model))  # one download
+    cache = _cache(accelerator, config, dataset, output)
     try:
+        splits = {split: _read(accelerator, config, dataset, split, cache) for split in ("train", "test")}
+        _check_dataset(dataset, splits, model_dir)
+        facts = rundir.facts_of(args.model, args.dataset, config, model_dir)
+        checkpoint = rundir.newest_checkpoint(output) if args.resume else None
+        if args.resume:
+            rundir.check_same_run(output, facts)
+            if checkpoint is None:
+                log.warning("%s holds no checkpoint to continue from: starting at the first step", output)
         return train(accelerator, config, splits, model_dir, output, checkpoint, facts, manifest.reference or {})
     except KeyboardInterrupt:
         last = rundir.newest_checkpoint(output)
         saved = f"{last.name} is intact; continue with --resume" if last else "there was no checkpoint yet"
         raise UserError(f"interrupted; {saved}") from None
+    finally:
+        if cache is not None and accelerator.is_local_main_process:
+            shutil.rmtree(cache, ignore_errors=True)
 
 
 # --- the loop ----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one process does in one step: its micro-batches, and those of others that it runs along with weight 0."""
+
+    number: int
+    micros: list[tuple[Batch, float]]
+    groups: int  # of all processes
+    tokens: int  # of all processes, each row's prompt counted
+
+
 def train(
     accelerator: Accelerator,
     config: Config,
-    splits: dict[str, data.Split | None],
+    splits: dict[str, Split | None],
     model_dir: Path,
     output: Path,
     checkpoint: Path | None,
     facts: dict[str, Any],
     reference: Fingerprint,
 ) -> dict[str, Any]:
-    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    world, main, device = accelerator.num_processes, accelerator.is_main_process, accelerator.device
     train_split, test_split = splits["train"], splits["test"]
     assert train_split is not None
     started = time.perf_counter()
+    objectives = Objectives(config, train_split)
 
     # the policy, from the model or from the checkpoint
     set_seed(config.seed)
-    policy = load_policy(model_dir, config, checkpoint)
-    optimizer = _optimizer(policy, config)
-    model, optimizer = accelerator.prepare(policy, optimizer)
-    policy = accelerator.unwrap_model(model)
-    head = policy.get_output_embeddings()
+    scorer = policy.Scorer(policy.load(model_dir, config, checkpoint), objectives.learns)
+    optimizer = policy.optimizer_of(scorer, config, device.type == "cuda")
+    model, optimizer = accelerator.prepare(scorer, optimizer)
+    scorer = accelerator.unwrap_model(model)
+    sharded = isinstance(model, FSDPModule)
+    layout = policy.settle(scorer, config, device, sharded)
     done = 0
     if checkpoint is not None:
-        state = json.loads((checkpoint / "checkpoint.json").read_text())
+        state = rundir.checkpoint_facts(checkpoint)
         done, started = state["step"], started - state["seconds"]
-        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
+        rundir.load_optimizer(scorer, optimizer.optimizer, checkpoint)
+        objectives.load_state(state["offsets"])
         log.info("continuing after step %d, from %s", done, checkpoint)
     elif config.parity_check:  # a run that is continued has passed it
-        parity.check(accelerator, policy, head, train_split, config, reference, facts["model_fingerprint"])
+        parity.check(accelerator, model, layout, train_split, config, reference, facts["model_fingerprint"])
     accelerator.wait_for_everyone()
     if main:  # only now: a run that cannot start leaves an earlier one alone
         rundir.prepare(output, config, facts, checkpoint)
     accelerator.wait_for_everyone()
 
-    per_epoch = data.steps_per_epoch(len(train_split.groups), config.batch_size)
-    total = config.epochs * per_epoch
-    if config.max_steps is not None:
-        total = min(total, config.max_steps)
+    order = data.Order(train_split, config.batch_size, config.seed)
+    total = sum(order.steps(epoch) for epoch in range(config.epochs)) if config.max_steps is None else config.max_steps
+    if config.max_steps is not None and order.place(total)[0] >= config.epochs:
+        total = sum(order.steps(epoch) for epoch in range(config.epochs))
     facts |= {
         "steps": total,
         "processes": world,
-        "parameters": sum(p.numel() for p in policy.parameters()),
-        "trainable_parameters": sum(p.numel() for p in policy.parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for p in scorer.policy.parameters()),
+        "trainable_parameters": sum(p.numel() for p in scorer.policy.parameters() if p.requires_grad),
+        "layout": layout,
+        "skipped_steps": state["skipped_steps"] if checkpoint else 0,
     }
-    record = rundir.recorder(accelerator, config, output, done)
+    record = rundir.recorder(accelerator, config, output, done, watch.Watch(total, config))
+    for words in watch.one_sided(train_split, config) if main else []:
+        log.warning("%s", words)
 
     def test(step: int) -> list[Judged]:
         """Evaluate on the test split and record it; the judged groups are the same on every process."""
         if test_split is None:
             return []
-        judged = judge_all(accelerator, policy, head, test_split, config)
-        _require_finite(judged, test_split, f"on the test split after step {step}")
-        record(step, step / per_epoch, "test", judged, dict.fromkeys(("lr", "grad_norm", "tokens_per_second")))
+        judged = judge_all(accelerator, model, objectives, test_split, layout, config)
+        if bad := [one for one in judged if not math.isfinite(one.loss)]:
+            log.warning("after step %d the test loss is not finite in rows %s", step, _ids(bad, test_split))
+        record(step, order.epochs_done(step), "test", judged, dict.fromkeys(STEP_FACTS))
         return judged
 
     tested = test(0) if done == 0 else []
     recent: list[Judged] = []  # this rank's groups since the last line of metrics
-    tokens, busy, loss = 0, 0.0, math.nan
+    fed, busy, waited, loss, bad_steps = 0, 0.0, 0.0, math.nan, 0
     bar = tqdm(total=total, initial=done, unit="step", disable=None if main else True)
-    for step in range(done + 1, total + 1):
+    planned = _planned(accelerator, train_split, order, range(done + 1, total + 1), objectives, layout, sharded, config)
+    for step, wait in planned:
         began = time.perf_counter()
-        groups = data.step_groups(train_split.groups, config.batch_size, config.seed, step)
-        mine = data.share(groups, train_split.lengths, rank, world)
-        # DDP averages gradients over ranks; a rank with no group takes part in that with weight 0
-        scale = world / len(groups) if mine else 0.0
-        micros = data.micro_batches(mine or groups[:1], train_split.lengths, config.micro_batch_tokens)
-        lr = learning_rate(step, total, config)
+        shape = learning_rate(step.number, total, config) / config.learning_rate
         for parameters in optimizer.param_groups:
-            parameters["lr"] = lr
-        torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0]))  # dropout
+            parameters["lr"] = parameters["peak"] * shape
+        seed = np.random.SeedSequence([config.seed, step.number, accelerator.process_index])
+        torch.manual_seed(int(seed.generate_state(1)[0]))  # dropout
         model.train()
-        results = []
-        for i, micro in enumerate(micros):
-            with accelerator.no_sync(model) if i < len(micros) - 1 else nullcontext():
-                batch = data.collate(train_split, micro).to(accelerator.device)
-                logratios, losses = group_losses(model, head, batch, config)
-                weights = losses.new_tensor([config.type_weights[kind] for kind in batch.types])
-                accelerator.backward(scale * (weights * losses).sum())
-            results.append((micro, batch, logratios.detach(), losses.detach()))
-        norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        judged = [one for result in results for one in _judged(*result)] if mine else []
-        if _any(accelerator, not (math.isfinite(norm) and all(math.isfinite(j.loss) for j in judged))):
-            everyone = gather_object(judged)
-            _require_finite(everyone, train_split, f"at step {step}")
-            raise UserError(
-                f"the gradient is {float(norm)} at step {step}, in rows {_ids(everyone, train_split)}; "
-                "lower learning_rate or beta, or train with dtype float32"
-            )
-        optimizer.step()
+        outcomes = []
+        with _memory_advice([batch for batch, _ in step.micros], config):
+            for i, (batch, counts) in enumerate(step.micros):
+                last_micro = i == len(step.micros) - 1
+                with nullcontext() if last_micro or sharded else accelerator.no_sync(model):
+                    batch = batch.to(device)
+                    outcome = objectives(*model(batch), batch)
+                    # wrappers average gradients over the processes
+                    accelerator.backward(outcome.total() * (counts * world / step.groups))
+                if counts:
+                    outcomes.append(outcome)
+        norm = _clip(model, config.max_grad_norm)
+        judged = [one for outcome in outcomes for one in outcome.judged()]
+        if _any(accelerator, not (math.isfinite(norm) and all(math.isfinite(one.loss) for one in judged))):
+            bad_steps += 1
+            facts["skipped_steps"] += 1
+            _report_bad(gather_object(judged), norm, step.number, bad_steps, train_split, config, output)
+            judged = []
+        else:
+            bad_steps = 0
+            optimizer.step()
+            if objectives.running:
+                objectives.update(gather_object(judged))
         optimizer.zero_grad()
         bar.update()
-        busy += time.perf_counter() - began
+        busy, waited, fed = busy + time.perf_counter() - began, waited + wait, fed + step.tokens
 
         recent += judged
-        tokens += int(sum(train_split.lengths[row] for group in groups for row in group))
-        last = step == total
-        saving = bool(config.save_every) and step % config.save_every == 0
-        if last or saving or step % config.log_every == 0:
+        last = step.number == total
+        saving = bool(config.save_every) and step.number % config.save_every == 0
+        if last or saving or step.number % config.log_every == 0:
             everyone = gather_object(recent)
-            loss = evaluate.weighted_loss(everyone, config.type_weights)
-            facts_of_step = {"lr": lr, "grad_norm": float(norm), "tokens_per_second": tokens / busy}
-            record(step, step / per_epoch, "train", everyone, facts_of_step)
+            if everyone:
+                loss = evaluate.weighted_loss(everyone)
+                numbers = (shape * config.learning_rate, norm, fed / (busy + waited), waited / (busy + waited))
+                step_facts = dict(zip(STEP_FACTS, numbers, strict=True))
+                record(step.number, order.epochs_done(step.number), "train", everyone, step_facts)
             bar.set_postfix(loss=f"{loss:.4f}")
-            recent, tokens, busy = [], 0, 0.0
-        if last or (config.eval_every and step % config.eval_every == 0):
-            tested = test(step)
-        if saving and main:
-            rundir.save_checkpoint(
-                output, step, policy, optimizer, time.perf_counter() - started, config.keep_checkpoints
-            )
+            recent, fed, busy, waited = [], 0, 0.0, 0.0
+        if last or (config.eval_every and step.number % config.eval_every == 0):
+            tested = test(step.number)
         if saving:
+            weights = rundir.gathered(scorer.policy.state_dict())
+            state = rundir.gathered(rundir.optimizer_state(scorer, optimizer.optimizer))
+            if main:
+                beside = {
+                    "seconds": time.perf_counter() - started,
+                    "offsets": objectives.state(),
+                    "skipped_steps": facts["skipped_steps"],
+                }
+                rundir.save_checkpoint(
+                    output, step.number, scorer.policy, weights, state, beside, config.keep_checkpoints
+                )
             accelerator.wait_for_everyone()
     bar.close()
     if done >= total:  # killed between its last checkpoint and its end: only the results are missing
-        tested = judge_all(accelerator, policy, head, test_split, config) if test_split else []
+        tested = judge_all(accelerator, model, objectives, test_split, layout, config) if test_split else []
         loss = rundir.last_loss(output)
 
-    final = evaluate.by_type(tested, config.beta) if test_split else None
-    test_loss = evaluate.weighted_loss(tested, config.type_weights) if test_split else None
-    outcome = None if final is None else evaluate.finite({"loss": test_loss, "by_type": final})
-    facts |= {"seconds": time.perf_counter() - started, "final": {"test": outcome}}
+    final = evaluate.by_type(tested) if test_split else None
+    test_loss = evaluate.weighted_loss(tested) if test_split else None
+    outcome_of_test = None if final is None else evaluate.finite({"loss": test_loss, "by_type": final})
+    facts |= {"seconds": time.perf_counter() - started, "final": {"test": outcome_of_test}}
+    weights = rundir.gathered(scorer.policy.state_dict())
     if main:
         if test_split is not None:
-            rundir.write_predictions(output / "predictions.parquet", test_split, tested, config)
-        save_policy(output / "policy", policy, facts["model"], model_dir, config)
+            rundir.write_predictions(output / "predictions.parquet", test_split, tested)
+        policy.save(output / "policy", scorer.policy, weights, facts["model"], model_dir, config)
         rundir.write(output / "run.json", json.dumps(facts, indent=2) + "\n")  # last: now the run is complete
         _print_result(facts, loss, output)
     accelerator.end_training()
@@ -224,9 +262,12 @@ def train(
         "policy": str(output / "policy"),
         "steps": facts["steps"],
         "loss": evaluate.finite(loss),
-        "test": outcome,
+        "test": outcome_of_test,
         "seconds": round(facts["seconds"], 3),
     }
+
+
+STEP_FACTS = ("lr", "grad_norm", "tokens_per_second", "data_wait")
 
 
 def learning_rate(step: int, total: int, config: Config) -> float:
@@ -239,47 +280,72 @@ def learning_rate(step: int, total: int, config: Config) -> float:
     return config.learning_rate * shape[config.scheduler]
 
 
-def log_ratios(model: nn.Module, head: nn.Module, batch: data.Batch) -> Tensor:
-    """h = log π_θ(y|x) − log π_ref(y|x) of each row [B], nats, float64; subtracted per token, then summed."""
-    logps = response_logps(model, head, batch.input_ids, batch.predicts, batch.targets)
-    return row_sums(logps.double() - batch.ref_logps.double(), batch.lengths)
+def _planned(
+    accelerator: Accelerator,
+    split: Split,
+    order: data.Order,
+    steps: Iterable[int],
+    objectives: Objectives,
+    layout: str,
+    sharded: bool,
+    config: Config,
+) -> Iterator[tuple[Step, float]]:
+    """Steps, each packed in a thread while the one before it runs, and the seconds that were waited for them."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    pin = accelerator.device.type == "cuda"
 
+    def plan(number: int) -> Step:
+        bundles = order.bundles(number)
+        micros = [
+            data.micro_batches(split, part, config.micro_batch_tokens, layout, objectives.whole)
+            for part in data.share(split, bundles, world)
+        ]
+        # every process takes part in the averaging of gradients, and with sharded weights in every forward pass
+        count = max(map(len, micros)) if sharded else max(1, len(micros[rank]))
+        along = next(part[0] for part in micros if part)
+        weighted = [(m, 1.0) for m in micros[rank]] + [(along, 0.0)] * (count - len(micros[rank]))
+        batches = [(data.collate(split, micro, layout), counts) for micro, counts in weighted]
+        rows = [row for bundle in bundles for group in bundle for row in group]
+        return Step(
+            number,
+            [(batch.pinned() if pin else batch, counts) for batch, counts in batches],
+            sum(map(len, bundles)),
+            int(split.lengths[rows].sum()),
+        )
 
-def group_losses(model: nn.Module, head: nn.Module, batch: data.Batch, config: Config) -> tuple[Tensor, Tensor]:
-    """Log-ratios of the rows [B] and unweighted losses of the groups [G], float64."""
-    h = log_ratios(model, head, batch)
-    losses = h.new_zeros(len(batch.types))
-    for kind in sorted(set(batch.types)):
-        of_kind = [group for group, its in enumerate(batch.types) if its == kind]
-        first = batch.first[of_kind]
-        logit = config.beta[kind] * (h[first] - h[first + 1] if kind == "pairwise" else h[first])
-        losses[of_kind] = LOSSES[config.loss[kind]](logit, batch.rewards[first])
-    return h, losses
+    with ThreadPoolExecutor(1) as worker:
+        numbers = iter(steps)
+        coming = [worker.submit(plan, number) for number in [next(numbers, None)] if number is not None]
+        while coming:
+            began = time.perf_counter()
+            step = coming.pop().result()
+            waited = time.perf_counter() - began
+            coming = [worker.submit(plan, number) for number in [next(numbers, None)] if number is not None]
+            yield step, waited
 
 
 @torch.no_grad()
 def judge_all(
-    accelerator: Accelerator, policy: nn.Module, head: nn.Module, split: data.Split, config: Config
+    accelerator: Accelerator, model: nn.Module, objectives: Objectives, split: Split, layout: str, config: Config
 ) -> list[Judged]:
-    """All groups of a split under the policy, in the split's order, on every process."""
-    policy.eval()
-    mine = data.share(split.groups, split.lengths, accelerator.process_index, accelerator.num_processes)
-    judged: list[Judged] = []
-    for micro in data.micro_batches(mine, split.lengths, config.micro_batch_tokens):
-        batch = data.collate(split, micro).to(accelerator.device)
-        judged += _judged(micro, batch, *group_losses(policy, head, batch, config))
+    """All groups of a split under the policy, in the order of their rows, on every process."""
+    model.eval()
+    shares = data.share(split, split.bundles(), accelerator.num_processes)
+    micros = [data.micro_batches(split, part, config.micro_batch_tokens, layout, objectives.whole) for part in shares]
+    mine, judged = micros[accelerator.process_index], list[Judged]()
+    for i in range(max(map(len, micros))):  # every process as often: sharded weights are gathered by all
+        batch = data.collate(split, mine[i] if i < len(mine) else micros[0][0], layout)
+        with _memory_advice([batch], config):
+            batch = batch.to(accelerator.device)
+            outcome = objectives(*model(batch), batch)
+        judged += outcome.judged() if i < len(mine) else []
     return sorted(gather_object(judged), key=lambda one: one.rows)
 
 
-def _judged(micro: list[data.Group], batch: data.Batch, logratios: Tensor, losses: Tensor) -> list[Judged]:
-    h, explicit = logratios.tolist(), batch.rewards.tolist()
-    out, row = [], 0
-    for group, kind, loss in zip(micro, batch.types, losses.tolist(), strict=True):
-        end = row + len(group)
-        tokens = sum(batch.lengths[row:end])
-        out.append(Judged(group, kind, loss, tuple(h[row:end]), tuple(explicit[row:end]), tokens))
-        row = end
-    return out
+def _clip(model: nn.Module, largest: float) -> float:
+    """Clip gradients to a norm and return what it was before."""
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], largest)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def _any(accelerator: Accelerator, here: bool) -> bool:
@@ -288,83 +354,50 @@ def _any(accelerator: Accelerator, here: bool) -> bool:
     return bool(accelerator.reduce(flag, "sum").item())
 
 
-def _require_finite(judged: list[Judged], split: data.Split, where: str) -> None:
-    if bad := [one for one in judged if not math.isfinite(one.loss)]:
-        raise UserError(
-            f"the loss is {bad[0].loss} {where}, in rows {_ids(bad, split)}; "
-            "lower learning_rate or beta, or train with dtype float32"
-        )
+def _report_bad(
+    judged: list[Judged], norm: float, step: int, in_a_row: int, split: Split, config: Config, output: Path
+) -> None:
+    """Name the rows of a step that is skipped; `UserError` after `max_bad_steps` in a row."""
+    bad = [one for one in judged if not math.isfinite(one.loss)]
+    what = f"the loss is {bad[0].loss}" if bad else f"the gradient's norm is {norm}"
+    where = f"at step {step}, in rows {_ids(bad or judged, split)}"
+    if in_a_row < config.max_bad_steps:
+        log.warning("%s %s; the step is skipped", what, where)
+        return
+    last = rundir.newest_checkpoint(output)
+    raise UserError(
+        f"{what} {where}, and {in_a_row} steps in a row were skipped for that; lower learning_rate or beta, or train "
+        f"with dtype float32 ({f'{last.name} is intact' if last else 'there is no checkpoint yet'})"
+    )
 
 
-def _ids(judged: list[Judged], split: data.Split) -> str:
+def _ids(judged: list[Judged], split: Split) -> str:
     rows = [row for one in judged for row in one.rows]
-    names = [split.rows["id"][row].as_py() for row in rows[:8]]
+    names = split.columns(["id"], rows[:8])["id"].to_pylist()
     return ", ".join(names) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
 
 
-# --- the policy --------------------------------------------------------------------------------
-
-
-def load_policy(model_dir: Path, config: Config, checkpoint: Path | None = None) -> Any:
-    """The policy with float32 weights, from the model or from a checkpoint of it."""
-    source = model_dir if checkpoint is None or config.lora else checkpoint / "policy"
+@contextmanager
+def _memory_advice(batches: list[Batch], config: Config) -> Iterator[None]:
+    """Out of memory becomes a `UserError` that says which setting to lower, and to what."""
     try:
-        policy = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    except Exception as error:  # what a damaged directory raises is anything: safetensors', pickle's, torch's errors
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        raise UserError(f"{source}: transformers cannot load this as a causal language model: {reason}") from None
-    if config.activation_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-        if config.lora:
-            policy.enable_input_require_grads()
-    return _with_lora(policy, config, checkpoint) if config.lora else policy
-
-
-def _with_lora(policy: Any, config: Config, checkpoint: Path | None) -> Any:
-    import peft
-
-    if checkpoint is not None:
-        return peft.PeftModel.from_pretrained(policy, checkpoint / "policy", is_trainable=True)
-    assert config.lora is not None
-    lora = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora["r"],
-        lora_alpha=config.lora["alpha"],
-        lora_dropout=config.lora["dropout"],
-        target_modules=config.lora["target"],
-    )
-    try:
-        return peft.get_peft_model(policy, lora)
-    except (ValueError, re.error) as error:
-        raise UserError(f"lora.target {config.lora['target']!r} does not fit this model: {error}") from None
-
-
-def _optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-    )
-
-
-def save_policy(path: Path, policy: Any, model: str, model_dir: Path, config: Config) -> None:
-    """The trained model in `path`, in the dtype it was run in, with the tokenizer's files; or the adapter."""
-    if config.lora and config.merge_lora:
-        policy = policy.merge_and_unload()
-    if not config.lora or config.merge_lora:
-        policy = policy.to(DTYPES[config.dtype])
-    for adapter in getattr(policy, "peft_config", {}).values():  # so that the adapter finds its base from anywhere
-        adapter.base_model_name_or_path = str(Path(model).resolve()) if Path(model).exists() else model
-    with rundir.written_whole(path) as temp:
-        policy.save_pretrained(temp)
-        for file in model_dir.iterdir():
-            if file.name in (*TOKENIZER_FILES, TEMPLATE_FILE) or file.suffix == ".tiktoken":
-                shutil.copyfile(file, temp / file.name)
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        largest = max(batches, key=lambda batch: batch.tokens)
+        if len(largest.groups) > 1:
+            advice = f"set micro_batch_tokens={largest.tokens // 2}"
+        elif not config.activation_checkpointing:
+            advice = "it is one group, which no smaller micro-batch holds: set activation_checkpointing=true"
+        else:
+            advice = (
+                f"it is one group, which no smaller micro-batch holds: score with --max-length {largest.tokens // 2}"
+            )
+        raise UserError(
+            f"out of memory in a micro-batch of {largest.tokens} tokens (micro_batch_tokens is "
+            f"{config.micro_batch_tokens}); {advice}. --resume goes on from the newest checkpoint"
+        ) from error
 
 
 def _print_result(facts: dict[str, Any], loss: float, output: Path) -> None:
@@ -379,16 +412,53 @@ def _print_result(facts: dict[str, Any], loss: float, output: Path) -> None:
 # --- before training ---------------------------------------------------------------------------
 
 
+def _first(accelerator: Accelerator, call: Any) -> Any:
+    """The result of a call that the main process makes before the others; all of them meet its `UserError`."""
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+        return call()
+    try:
+        return call()
+    finally:
+        accelerator.wait_for_everyone()
+
+
+def _cache(accelerator: Accelerator, config: Config, dataset: Path, output: Path) -> Path | None:
+    """Where this machine's processes map token files; None when tokens stay in memory."""
+    on_disk = config.token_store == "disk" or (
+        config.token_store == "auto" and data.larger_than_memory(dataset, accelerator.num_processes)
+    )
+    return output / f".tokens-{socket.gethostname()}" if on_disk else None
+
+
+def _read(accelerator: Accelerator, config: Config, dataset: Path, split: str, cache: Path | None) -> Split | None:
+    def read(write: bool) -> Split | None:
+        return data.read(
+            dataset,
+            split,
+            cache=cache,
+            write=write,
+            bundle_rows=config.bundle_rows,
+            ref_rewards=any(offset in FROM_REFERENCE for offset in config.offset.values()),
+        )
+
+    if cache is None:
+        return read(True)
+    return _first(accelerator, lambda: read(accelerator.is_local_main_process))
+
+
 def _settings(args: argparse.Namespace, output: Path) -> Config:
     """The run's settings; a run that is continued without any given keeps its own."""
     if args.resume and not args.config and not args.set and (output / "config.yaml").is_file():
         config = settings.load(output / "config.yaml")
     else:
         config = settings.load(args.config, args.set)
-    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
-        raise UsageError(f"tracker {config.tracker} is not installed; `pip install {config.tracker}`, or tracker=none")
-    if config.lora and importlib.util.find_spec("peft") is None:
-        raise UsageError("lora needs peft; `pip install peft`")
+    if config.tracker != "none":
+        policy.require(config.tracker, f"tracker={config.tracker}")
+    if config.lora:
+        policy.require("peft", "lora")
+    if config.quantization != "none":
+        policy.require("bitsandbytes", f"quantization={config.quantization}")
     if config.dtype == "auto":
         on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true")
         bf16 = on_gpu and torch.cuda.is_bf16_supported()
@@ -404,27 +474,36 @@ def _accelerator(config: Config, output: Path) -> Accelerator:
         project_dir=output,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UsageError(f"{accelerator.distributed_type.value} is not supported; launch with --multi_gpu (DDP)")
+    if (
+        accelerator.distributed_type == DistributedType.MULTI_CPU
+        and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    ):
+        # accelerate shards on accelerators only; its FSDP2 path is the same on CPUs
+        accelerator.state._shared_state["distributed_type"] = DistributedType.FSDP
+        accelerator.state._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin()
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UsageError(f"{kind.value} is not supported; FSDP2 shards weights and optimizer too (docs/training.md)")
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UsageError("FSDP version 1 is not supported; set fsdp_version: 2 in accelerate's configuration")
     return accelerator
 
 
-def _check_dataset(dataset: Path, splits: dict[str, data.Split | None], model_dir: Path) -> None:
-    if splits["train"] is None or not splits["train"].groups:
+def _check_dataset(dataset: Path, splits: dict[str, Split | None], model_dir: Path) -> None:
+    if splits["train"] is None or not len(splits["train"].rewards):
         found = sorted({path.name.partition("-")[0] for path in (dataset / "data").glob("*-*.parquet")})
         raise UserError(f"{dataset}: no rows of split train in data/ (splits: {', '.join(found) or 'none'})")
-    if splits["test"] is not None and not splits["test"].groups:
+    if splits["test"] is not None and not len(splits["test"].rewards):
         splits["test"] = None
     try:
         text = transformers.AutoConfig.from_pretrained(model_dir).get_text_config()
     except Exception as error:
         raise UserError(f"{model_dir}: config.json cannot be read ({str(error).splitlines()[0][:300]})") from None
     vocabulary = getattr(text, "vocab_size", math.inf)
-    for split in splits.values():
-        for name in ("prompt_ids", "response_ids") if split else ():
-            largest = max(pc.max(pc.list_flatten(chunk)).as_py() or 0 for chunk in split.rows[name].chunks)  # type: ignore[union-attr]
-            if largest >= vocabulary:
+    for split in filter(None, splits.values()):
+        for name, ids in (("prompt_ids", split.prompts.values), ("response_ids", split.responses.values)):
+            if wrong := next((int(i) for i in (ids.min(), ids.max()) if not 0 <= i < vocabulary), None):
                 raise UserError(
-                    f"{dataset}: {name} holds token {largest}, and {model_dir} has {vocabulary}; "
+                    f"{dataset}: {name} holds token {wrong}, and {model_dir} has {vocabulary}; "
                     "give the model that `una reference` scored"
                 )

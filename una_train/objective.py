@@ -1,0 +1,213 @@
+"""What a step minimises: log-probs of a micro-batch → implicit rewards, offsets, weighted losses of its groups.
+
+`Objectives` puts together what the settings ask of each type: β, loss, offset, weights; it is where those that do not
+fit the data are refused, and it holds the running offsets. What is left out: the formulas (`losses`, `offsets`).
+
+Shapes: N response tokens, B rows and G groups of a micro-batch.
+"""
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Float64
+from torch import Tensor
+
+from schemas.errors import UserError
+from una_train import offsets
+from una_train.config import Config
+from una_train.data import TYPES, Batch, Split
+from una_train.evaluate import Judged
+from una_train.logps import row_sums
+from una_train.losses import OBJECTIVES, Options
+
+log = logging.getLogger("una_train")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A micro-batch's groups under the policy."""
+
+    batch: Batch
+    logratios: Float64[Tensor, " B"]  # h, nats
+    implicit: Float64[Tensor, " B"]  # β·h
+    predicted: Float64[Tensor, " G"]  # see Judged
+    losses: Float64[Tensor, " G"]  # unweighted
+    weights: Float64[Tensor, " G"]
+
+    def total(self) -> Tensor:
+        return (self.weights * self.losses).sum()
+
+    def judged(self) -> list[Judged]:
+        b = self.batch
+        columns = (self.logratios, self.implicit, b.rewards, self.predicted, self.losses, self.weights)
+        h, implicit, explicit, predicted, losses, weights = (x.detach().tolist() for x in columns)
+        out, row = [], 0
+        for i, (group, kind) in enumerate(zip(b.groups, b.types, strict=True)):
+            of = slice(row, row := row + len(group))
+            out.append(
+                Judged(
+                    rows=group,
+                    type=kind,
+                    weight=weights[i],
+                    loss=losses[i],
+                    logratios=tuple(h[of]),
+                    implicit=tuple(implicit[of]),
+                    rewards=tuple(explicit[of]),
+                    predicted=predicted[i],
+                    tokens=sum(b.lengths[of]),
+                )
+            )
+        return out
+
+
+class Objectives:
+    """The settings' objectives for a train split; call it on a micro-batch's log-probs."""
+
+    def __init__(self, config: Config, split: Split):
+        self.config = config
+        first = split.group_rows[:, 0]
+        self.types = [kind for i, kind in enumerate(TYPES) if (split.types[first] == i).any()]
+        self.type_weights, self.source_weights = _weights(config, split)
+        self.running: dict[str, offsets.Running] = {}
+        for kind in self.types:
+            if kind == "pairwise":
+                continue
+            rows = np.flatnonzero(split.types == TYPES.index(kind))
+            _check_offset(config, kind, split, rows)
+            if (offset := config.offset[kind]) in offsets.RUNNING:
+                space, mean = OBJECTIVES[config.loss[kind]].space, float(split.rewards[rows].mean())
+                self.running[kind] = offsets.Running(offset, space, mean, config.offset_decay)
+
+    @property
+    def learns(self) -> bool:
+        """Whether an offset is learned with the policy."""
+        return any(self.config.offset.get(kind) == "learned" for kind in self.types)
+
+    @property
+    def whole(self) -> bool:
+        """Whether a loss needs all rows of a bundle in one micro-batch."""
+        return any(self.config.offset.get(kind) == "group_mean" for kind in self.types)
+
+    def __call__(self, logps: Float32[Tensor, " N"], values: Float64[Tensor, " B"] | None, batch: Batch) -> Outcome:
+        h = row_sums(logps.double() - batch.ref_logps.double(), batch.lengths)
+        row_types = [kind for kind, group in zip(batch.types, batch.groups, strict=True) for _ in group]
+        r = self._betas(row_types, batch) * h
+        losses, predicted = r.new_zeros(len(batch.types)), r.new_zeros(len(batch.types))
+        for kind in sorted(set(batch.types)):
+            groups = [i for i, its in enumerate(batch.types) if its == kind]
+            rows = batch.first[groups]
+            objective, options = OBJECTIVES[self.config.loss[kind]], self._options(kind)
+            s = batch.rewards[rows]
+            if objective.pairs:
+                losses[groups] = objective.loss(r[rows], r[rows + 1], s, options)
+                predicted[groups] = torch.sigmoid(r[rows] - r[rows + 1]).detach()
+            else:
+                f, s = self._offset(kind, r[rows].detach(), s, values, batch, rows)
+                losses[groups] = objective.loss(r[rows] + f, s, options)
+                implied = (r[rows] + f).detach()
+                predicted[groups] = torch.sigmoid(implied) if objective.space == "score" else implied
+        weights = [
+            self.type_weights[kind] * self.source_weights.get(source, 1.0)
+            for kind, source in zip(batch.types, batch.sources, strict=True)
+        ]
+        return Outcome(batch, h.detach(), r.detach(), predicted, losses, losses.new_tensor(weights))
+
+    def update(self, judged: Iterable[Judged]) -> None:
+        """Move the running offsets by the groups of a step, of all processes."""
+        judged = sorted(judged, key=lambda one: one.rows)
+        for kind, running in self.running.items():
+            of_kind = [one for one in judged if one.type == kind]
+            running.update(np.array([j.implicit[0] for j in of_kind]), np.array([j.rewards[0] for j in of_kind]))
+
+    def state(self) -> dict[str, list[float]]:
+        return {kind: running.means for kind, running in self.running.items()}
+
+    def load_state(self, state: dict[str, list[float]]) -> None:
+        for kind, means in state.items():
+            self.running[kind].means = means
+
+    def _betas(self, row_types: list[str], batch: Batch) -> Tensor:
+        betas = np.array([self.config.beta[kind] for kind in row_types])
+        if self.config.length_normalize:
+            betas = np.minimum(betas / np.array(batch.lengths), self.config.beta_cap or math.inf)
+        return torch.from_numpy(betas).to(batch.rewards.device)
+
+    def _options(self, kind: str) -> Options:
+        c = self.config
+        return Options(c.beta[kind], c.label_smoothing, c.margin, c.desirable_weight, c.undesirable_weight)
+
+    def _offset(
+        self, kind: str, r: Tensor, s: Tensor, values: Tensor | None, batch: Batch, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What is added to r, and the explicit reward to compare with, of rows of one type; both [n]."""
+        name, beta = self.config.offset[kind], self.config.beta[kind]
+        space = OBJECTIVES[self.config.loss[kind]].space
+        if name in offsets.RUNNING:
+            return r.new_full(r.shape, self.running[kind].value), s
+        if name == "group_mean":
+            return offsets.balance(r, s, batch.prompt[rows], space), s
+        if name == "learned":
+            assert values is not None
+            return values[rows], s
+        if name in offsets.FROM_REFERENCE:
+            stored = [batch.ref_rewards[row] for row in rows.tolist()]
+            if name == "ref_lme":
+                return r.new_tensor(offsets.log_mean_exp(stored, beta, space)), s
+            quantiles = offsets.quantile(s.cpu().numpy(), stored)
+            return r.new_full(r.shape, offsets.quantile_log_z(beta)), r.new_tensor(quantiles)
+        return torch.zeros_like(r), s
+
+
+def _weights(config: Config, split: Split) -> tuple[dict[str, float], dict[str, float]]:
+    """Weights of types and of sources; a ratio becomes the weight that gives its share of the split's groups."""
+    first = split.group_rows[:, 0]
+    types, sources = dict(config.type_weights), dict(config.source_weights or {})
+    for ratios, weights, names, codes in (
+        (config.type_ratios, types, list(TYPES), split.types[first]),
+        (config.source_ratios, sources, split.source_names, split.sources[first]),
+    ):
+        for name in ratios or {}:
+            if name not in names or not (codes == names.index(name)).any():
+                present = sorted({names[code] for code in codes})
+                raise UserError(f"ratios: no rows of {name!r} in the train split; it has {', '.join(present)}")
+        for code, name in enumerate(names):
+            count = int((codes == code).sum())
+            if ratios and count:
+                wanted = ratios.get(name, 0.0) / sum(ratios.values())
+                weights[name] = weights.get(name, 1.0) * wanted * len(codes) / count
+    unknown = set(config.source_weights or {}) - set(split.source_names)
+    if unknown:
+        raise UserError(f"source_weights: no rows of {sorted(unknown)[0]!r}; sources: {', '.join(split.source_names)}")
+    return types, sources
+
+
+def _check_offset(config: Config, kind: str, split: Split, rows: np.ndarray) -> None:
+    """`UserError` when the data does not hold what the type's offset is made from."""
+    name, mean = config.offset[kind], float(split.rewards[rows].mean())
+    if name == "ema" and OBJECTIVES[config.loss[kind]].space == "score" and mean in (0, 1):
+        raise UserError(
+            f"offset.{kind}=ema: all {len(rows)} rewards are {mean:g}, so nothing is above or below their mean; "
+            f"use offset.{kind}=none"
+        )
+    if name == "group_mean":
+        bundle = np.repeat(np.arange(len(split.bundle_starts) - 1), np.diff(split.bundle_starts))
+        of_kind = bundle[split.types[split.group_rows[:, 0]] == TYPES.index(kind)]
+        alone = int((np.bincount(of_kind)[of_kind] < 2).sum())
+        if alone * 2 > len(of_kind):
+            raise UserError(
+                f"offset.{kind}=group_mean compares the responses of a prompt and needs at least 2, and {alone} of "
+                f"{len(of_kind)} {kind} rows are their prompt's only one; use ema, learned or none"
+            )
+        if alone:
+            log.warning("offset.%s=group_mean: %d of %d rows are their prompt's only one", kind, alone, len(of_kind))
+    if name in offsets.FROM_REFERENCE:
+        assert split.ref_rewards is not None
+        if missing := int((split.ref_rewards.lengths[rows] == 0).sum()):
+            raise UserError(
+                f"offset.{kind}={name} is made from rewards of reference samples, and {missing} of {len(rows)} rows "
+                "have no `ref_rewards` (a list of rewards in [0, 1]) in their metadata"
+            )

@@ -1,0 +1,121 @@
+"""What is added to an implicit reward before a pointwise loss compares it with an explicit one: f(x) + c.
+
+UNA's theorem is r = β·h + f(x) + c, and exactly f(x) = β·log Z(x). With the offset dropped, a reward of one half means
+"do not move", and every reward above it asks for a higher likelihood, even where all responses of a prompt are good.
+
+    none             0, as in the paper's experiments
+    ema              one constant, such that the mean implicit score is the train split's mean reward; running
+    group_mean       one number for each prompt, such that the mean implicit score of its responses is their mean reward
+    ref_lme          β·log of the mean of e^{r/β} over rewards of samples from the reference: an estimate of β·log Z(x)
+    ref_quantile     the reward becomes its quantile among those rewards, for which β·log Z is known
+    learned          a linear function of the policy's hidden state at the prompt's end, which it does not train
+    reference_point  −max(0, mean of r), running: KTO's z₀ from the rows' own responses, where KTO mismatches them
+    midpoint         −½·(mean of r of good responses + mean of r of bad ones), each running: BCO's δ
+
+A loss works in the space of scores, σ(r) against s, or of rewards, r against s; "the implicit score" is σ(r + f) in the
+one and r + f in the other. Gradients do not pass through an offset. The last two belong to their objectives.
+
+Shapes: n rows of one type; r = β·h, s explicit rewards in [0, 1].
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+RUNNING = ("ema", "reference_point", "midpoint")
+FROM_REFERENCE = ("ref_lme", "ref_quantile")
+EDGE = 1e-3  # rewards of 0 and 1 count as this far inside, where their logit is taken
+
+
+def balance(
+    r: Float64[Tensor, " n"],
+    s: Float64[Tensor, " n"],
+    prompt: Int64[Tensor, " n"],
+    space: str,
+) -> Float64[Tensor, " n"]:
+    """The f of each row's prompt for which its rows' mean of σ(r + f), or of r + f, is their mean of s.
+
+    For squares in reward space and for cross-entropy this is the f with the smallest loss: DRO's value function,
+    free for every prompt and profiled out. Where all of a prompt's rewards are 1, or 0, nothing says which is
+    better, and f is so far out that no gradient is left.
+    """
+    _, group = torch.unique(prompt, return_inverse=True)
+    count = torch.zeros(int(group.max()) + 1, dtype=r.dtype, device=r.device).index_add_(0, group, torch.ones_like(r))
+
+    def mean(x: Tensor) -> Tensor:
+        return torch.zeros_like(count).index_add_(0, group, x) / count
+
+    target = mean(s)
+    if space == "reward":
+        return (target - mean(r))[group]
+    limit = 50 + r.abs().max()  # bisection between bounds that hold for every prompt
+    low, high = -limit.expand_as(target), limit.expand_as(target)
+    for _ in range(64):
+        middle = (low + high) / 2
+        below = mean(torch.sigmoid(r + middle[group])) < target
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return ((low + high) / 2)[group]
+
+
+def log_mean_exp(ref_rewards: Sequence[np.ndarray], beta: float, space: str) -> np.ndarray:
+    """β·log mean e^{r/β} of each row's reference rewards [n]; r is the logit of s in score space, s in reward space."""
+    return np.array([_log_mean_exp(_logit(s) if space == "score" else s, beta) for s in ref_rewards])
+
+
+def _log_mean_exp(r: np.ndarray, beta: float) -> float:
+    top = r.max()
+    return float(top + beta * np.log(np.mean(np.exp((r - top) / beta))))
+
+
+def quantile(s: np.ndarray, ref_rewards: Sequence[np.ndarray]) -> np.ndarray:
+    """Share of each row's reference rewards that are not above its reward [n]."""
+    return np.array([np.mean(others <= one) for one, others in zip(s, ref_rewards, strict=True)])
+
+
+def quantile_log_z(beta: float) -> float:
+    """β·log Z = β·log(β·(e^{1/β} − 1)) of rewards that are quantiles (QRPO, arXiv 2507.08068)."""
+    return 1 + beta * math.log(beta) + beta * math.log1p(-math.exp(-1 / beta))
+
+
+def _logit(s: np.ndarray) -> np.ndarray:
+    s = np.clip(s, EDGE, 1 - EDGE)
+    return np.log(s) - np.log1p(-s)
+
+
+class Running:
+    """The offset of a type that follows the run: a constant, moved a little by every step.
+
+    `means` are what it is made from, each a running mean over steps. They depend on the rows of the steps so far and
+    on their order, not on packing or the number of processes; a checkpoint stores them.
+    """
+
+    def __init__(self, kind: str, space: str, mean_reward: float, decay: float):
+        self.kind, self.space, self.target, self.decay = kind, space, mean_reward, decay
+        self.means = {"midpoint": [0.0, 0.0], "reference_point": [0.0]}.get(kind) or [self._level(np.zeros(1))]
+
+    @property
+    def value(self) -> float:
+        if self.kind == "midpoint":
+            return -sum(self.means) / 2
+        return -max(0.0, self.means[0]) if self.kind == "reference_point" else self.means[0]
+
+    def update(self, r: np.ndarray, s: np.ndarray) -> None:
+        """Take in a step's rows of this type: implicit rewards without offset [n] and explicit ones [n]."""
+        if self.kind == "midpoint":
+            found = [float((w * r).sum() / w.sum()) if w.sum() > 0 else None for w in (s, 1 - s)]
+        elif self.kind == "reference_point":
+            found = [float(r.mean()) if len(r) else None]
+        else:
+            found = [self._level(r) if len(r) else None]
+        for i, one in enumerate(found):
+            if one is not None:
+                self.means[i] = self.decay * self.means[i] + (1 - self.decay) * one
+
+    def _level(self, r: np.ndarray) -> float:
+        """The constant that brings the mean implicit score of these rows to the split's mean reward."""
+        rows, same = torch.from_numpy(r), torch.zeros(len(r), dtype=torch.int64)
+        return float(balance(rows, torch.full_like(rows, self.target), same, self.space)[0])

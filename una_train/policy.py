@@ -1,0 +1,286 @@
+"""The policy: loaded, adapted, made to score rows, optimized, saved.
+
+`Scorer` is what is trained and wrapped (DDP, FSDP): the policy with a forward that gives log-probs of response tokens.
+`settle` tries on a few made-up rows how the model may be run: packed with shared prompts, and with the head in chunks;
+a model for which either gives other log-probs than its own plain forward gets the plain way, and the log says so.
+What is left out: how often any of this is called (`train`).
+
+Shapes: N response tokens and B rows of a micro-batch.
+"""
+
+import importlib.util
+import logging
+import re
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from jaxtyping import Float32, Float64
+from torch import Tensor, nn
+
+from schemas.errors import UsageError, UserError
+from schemas.fingerprint import TEMPLATE_FILE, TOKENIZER_FILES
+from una_train import data, packing, rundir
+from una_train.config import Config
+from una_train.data import Batch
+from una_train.logps import linear_logps
+
+log = logging.getLogger("una_train")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Scorer(nn.Module):
+    """The policy with a forward that takes a `Batch` and gives log π(token) [N], nats, float32, and values [B].
+
+    Values are those of the learned offset, a linear function of the hidden state at a prompt's end; None without it.
+    """
+
+    def __init__(self, policy: Any, learned_offset: bool = False):
+        super().__init__()
+        self.policy = policy
+        self._no_split_modules = policy._no_split_modules  # FSDP wraps these
+        self.value = nn.Linear(policy.config.get_text_config().hidden_size, 1) if learned_offset else None
+        if self.value is not None:
+            nn.init.zeros_(self.value.weight)
+            nn.init.zeros_(self.value.bias)
+        self.chunked = False  # the head by `linear_logps`, not by the model's forward
+        self.plain_attention = policy.config._attn_implementation
+
+    def use(self, packed: bool, chunked: bool) -> None:
+        self.policy.set_attn_implementation(packing.NAME if packed else self.plain_attention)
+        self.chunked = chunked
+
+    def forward(self, batch: Batch) -> tuple[Float32[Tensor, " N"], Float64[Tensor, " B"] | None]:
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        if batch.layout is not None:  # the mask of ones keeps transformers from guessing where rows begin
+            inputs["position_ids"] = batch.layout.positions[None]
+            inputs["attention_mask"] = torch.ones_like(batch.input_ids)
+        with packing.packed(batch.layout) if batch.layout is not None else nullcontext():
+            hidden, logps = self._chunked(inputs, batch) if self.chunked else self._plain(inputs, batch)
+        if self.value is None:
+            return logps, None
+        at_end = hidden[batch.prompt_ends].detach().to(self.value.weight.dtype) / hidden.shape[1]
+        return logps, self.value(at_end)[:, 0].double()
+
+    def _chunked(self, inputs: dict[str, Any], batch: Batch) -> tuple[Tensor, Tensor]:
+        model = _base(self.policy)
+        hidden = model.get_decoder()(**inputs).last_hidden_state.flatten(0, 1)
+        head = self.policy.get_output_embeddings()
+        scale, softcap = _after_head(model.config.get_text_config())
+        return hidden, linear_logps(hidden[batch.predicts], head, batch.targets, scale, softcap)
+
+    def _plain(self, inputs: dict[str, Any], batch: Batch) -> tuple[Tensor, Tensor]:
+        """By the model's own forward; a hook hands its head the positions that matter."""
+        seen: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            seen.append(args[0].flatten(0, 1))
+            return (seen[0][batch.predicts].unsqueeze(0),)
+
+        with self.policy.get_output_embeddings().register_forward_pre_hook(keep):
+            logits = self.policy(**inputs).logits[0]
+        return seen[0], -F.cross_entropy(logits.float(), batch.targets, reduction="none")
+
+
+def _base(policy: Any) -> Any:
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+
+
+def _after_head(config: Any) -> tuple[float, float | None]:
+    """What a model's forward does to its logits: a factor (Cohere, Granite), then a soft-cap (Gemma)."""
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    return float(scale), getattr(config, "final_logit_softcapping", None)
+
+
+# --- how a model may be run --------------------------------------------------------------------
+
+
+@torch.no_grad()
+def settle(scorer: Scorer, config: Config, device: torch.device, sharded: bool = False) -> str:
+    """Choose and set how the policy is run, and return its layout: shared, rows or padded.
+
+    Raises `UserError` when a packing that was asked for does not fit.
+    """
+    split = _made_up_rows(scorer.policy.config.get_text_config().vocab_size)
+    training, exact = scorer.training, not sharded and config.quantization == "none"
+    scorer.eval()
+
+    def score(bundles: list[data.Bundle], layout: str) -> Tensor:
+        batch = data.collate(split, bundles, layout).to(device)
+        # the class's forward: accelerate wraps the object's in autocast, whose rounding would hide differences
+        return (Scorer.forward(scorer, batch) if exact else scorer(batch))[0].float()
+
+    def fits(layout: str, chunked: bool) -> bool:
+        scorer.use(layout != "padded", chunked)
+        try:
+            difference = (score(split.bundles(), layout) - expected).abs()
+        except (NotImplementedError, AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
+            log.info("%s", error)
+            return False
+        return bool(difference.max() < 1e-3 if exact else difference.mean() < 0.05)
+
+    scorer.use(False, False)
+    groups = [group for bundle in split.bundles() for group in bundle]
+    expected = torch.cat([score([(group,)], "padded") for group in groups])
+    chunked = type(scorer.policy.get_output_embeddings()) is nn.Linear and fits("padded", True)
+    if not chunked:
+        log.info("head: this model's logits are computed at once, by its own forward, and not in chunks")
+    layout = config.packing
+    if layout == "auto":
+        layout = "shared" if fits("shared", chunked) else "padded"
+    elif layout != "padded" and not fits(layout, chunked):
+        raise UserError(f"packing={layout} gives other log-probs than this model's own forward; use packing=padded")
+    log.info(
+        {
+            "shared": "packing: responses of a prompt share it, no padding",
+            "rows": "packing: rows end to end, no padding",
+            "padded": "packing: none, rows are padded and prompts not shared",
+        }[layout]
+    )
+    scorer.use(layout != "padded", chunked)
+    scorer.train(training)
+    return layout
+
+
+def _made_up_rows(vocabulary: int) -> data.Split:
+    """Two prompts with three responses and one."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, vocabulary, n) for n in (9, 4)]
+    responses = [rng.integers(0, vocabulary, n) for n in (5, 1, 7, 6)]
+    return data.Split(
+        files=[],
+        prompts=_flat([prompts[0]] * 3 + prompts[1:]),
+        responses=_flat(responses),
+        ref_logps=_flat([np.zeros(len(r), np.float32) for r in responses]),
+        rewards=np.zeros(4),
+        types=np.full(4, data.TYPES.index("scalar")),
+        sources=np.zeros(4, np.int64),
+        source_names=[""],
+        group_rows=np.array([[i, -1] for i in range(4)]),
+        bundle_starts=np.array([0, 3, 4]),
+    )
+
+
+def _flat(rows: list[np.ndarray]) -> data.Flat:
+    return data.Flat(np.concatenate(rows), np.array([len(row) for row in rows]))
+
+
+# --- loading -----------------------------------------------------------------------------------
+
+
+def load(model_dir: Path, config: Config, checkpoint: Path | None = None) -> Any:
+    """The policy with float32 weights (but for quantized ones), from the model or from a checkpoint of it."""
+    source = model_dir if checkpoint is None or config.lora else checkpoint / "policy"
+    try:
+        policy = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, **_attention(model_dir), **_quantized(config)
+        )
+    except Exception as error:  # what a damaged directory raises is anything: safetensors', pickle's, torch's errors
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        raise UserError(f"{source}: transformers cannot load this as a causal language model: {reason}") from None
+    if config.activation_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.lora:
+            policy.enable_input_require_grads()
+    policy = _with_lora(policy, config, checkpoint) if config.lora else policy
+    if config.compile:
+        for layer in _layers(policy):
+            layer.compile(dynamic=True)
+    return policy
+
+
+def _attention(model_dir: Path) -> dict[str, str]:
+    """Soft-capped attention (Gemma 2) by the plain implementation: transformers' SDPA leaves the cap out."""
+    text = transformers.AutoConfig.from_pretrained(model_dir).get_text_config()
+    return {"attn_implementation": "eager"} if getattr(text, "attn_logit_softcapping", None) else {}
+
+
+def _quantized(config: Config) -> dict[str, Any]:
+    if config.quantization == "none":
+        return {}
+    compute = DTYPES[config.dtype]
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    how = {**four, "bnb_4bit_compute_dtype": compute} if config.quantization == "nf4" else {"load_in_8bit": True}
+    return {"quantization_config": transformers.BitsAndBytesConfig(**how)}
+
+
+def _layers(policy: Any) -> list[nn.Module]:
+    """The decoder's blocks, which transformers names in `_no_split_modules`."""
+    names = set(policy._no_split_modules or ())
+    return [module for module in policy.modules() if type(module).__name__ in names]
+
+
+def _with_lora(policy: Any, config: Config, checkpoint: Path | None) -> Any:
+    import peft
+
+    if checkpoint is not None:
+        return peft.PeftModel.from_pretrained(policy, checkpoint / "policy", is_trainable=True)
+    assert config.lora is not None
+    lora = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora["r"],
+        lora_alpha=config.lora["alpha"],
+        lora_dropout=config.lora["dropout"],
+        target_modules=config.lora["target"],
+    )
+    try:
+        return peft.get_peft_model(policy, lora)
+    except (ValueError, re.error) as error:
+        raise UserError(f"lora.target {config.lora['target']!r} does not fit this model: {error}") from None
+
+
+def optimizer_of(scorer: Scorer, config: Config, on_gpu: bool) -> torch.optim.Optimizer:
+    """AdamW over what is trained; weight decay on matrices only."""
+    trained = [p for p in scorer.policy.parameters() if p.requires_grad]
+    decayed, others = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
+    value = [] if scorer.value is None else list(scorer.value.parameters())
+    groups = [
+        {"params": parameters, "weight_decay": decay, "peak": peak}  # the loop sets lr, from the peak
+        for parameters, decay, peak in (
+            (decayed, config.weight_decay, config.learning_rate),
+            (others, 0.0, config.learning_rate),
+            (value, 0.0, config.offset_learning_rate),
+        )
+        if parameters
+    ]
+    betas, eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=eps, fused=True)
+    require("bitsandbytes", f"optimizer={config.optimizer}")
+    if not on_gpu:
+        raise UsageError(f"optimizer={config.optimizer} needs a GPU; on a CPU use optimizer=adamw")
+    import bitsandbytes.optim as bnb
+
+    kinds = {"adamw_8bit": bnb.AdamW8bit, "paged_adamw": bnb.PagedAdamW32bit, "paged_adamw_8bit": bnb.PagedAdamW8bit}
+    return kinds[config.optimizer](groups, lr=config.learning_rate, betas=betas, eps=eps)
+
+
+def require(package: str, setting: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(f"{setting} needs {package}; `pip install {package}`")
+
+
+# --- saving ------------------------------------------------------------------------------------
+
+
+def save(path: Path, policy: Any, weights: dict[str, Tensor], model: str, model_dir: Path, config: Config) -> None:
+    """The trained model in `path`, in the dtype it was run in, with the tokenizer's files; or the adapter."""
+    if config.lora and config.merge_lora:
+        policy, weights = policy.merge_and_unload(), {}
+    merged = not config.lora or config.merge_lora
+    for adapter in getattr(policy, "peft_config", {}).values():  # so that the adapter finds its base from anywhere
+        adapter.base_model_name_or_path = str(Path(model).resolve()) if Path(model).exists() else model
+    with rundir.written_whole(path) as temp:
+        if merged:
+            policy.config.dtype = DTYPES[config.dtype]
+            weights = {k: v.to(DTYPES[config.dtype]) for k, v in (weights or policy.state_dict()).items()}
+        policy.save_pretrained(temp, state_dict=weights)
+        for file in model_dir.iterdir():
+            if file.name in (*TOKENIZER_FILES, TEMPLATE_FILE) or file.suffix == ".tiktoken":
+                shutil.copyfile(file, temp / file.name)

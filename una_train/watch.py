@@ -1,0 +1,84 @@
+"""Early warnings: what the metrics say is going wrong, in plain words, once each.
+
+`Watch` sees every recorded line of metrics. What is left out: the report, which looks at a whole run.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from una_train.config import Config
+from una_train.data import TYPES, Split
+from una_train.losses import OBJECTIVES
+
+SATURATED = 0.95  # mean |2σ − 1|
+RUNAWAY = 1.0  # nats per token on the dataset's responses
+FALLING = -5.0  # nats of a whole good response
+ONE_SIDED = 0.9  # share of rewards on one side of one half
+CHANCE_AFTER = 0.25  # share of the run after which pair accuracy should have left chance
+
+
+def one_sided(split: Split, config: Config) -> list[str]:
+    """Warnings about the rewards themselves, before the first step."""
+    out = []
+    for code, kind in enumerate(TYPES[1:], 1):
+        rewards = split.rewards[split.types == code]
+        if kind == "demonstration" or not len(rewards) or config.offset[kind] != "none":
+            continue
+        above = float((rewards > 0.5).mean() + (rewards == 0.5).mean() / 2)
+        if max(above, 1 - above) > ONE_SIDED:
+            side, way = ("above", "up") if above > 0.5 else ("below", "down")
+            out.append(
+                f"{max(above, 1 - above):.0%} of the {kind} rewards are {side} one half: without an offset nearly all "
+                f"likelihoods are pushed {way}; offset.{kind}=ema or group_mean learns from their differences"
+            )
+    return out
+
+
+class Watch:
+    """Gives the warnings that a line of metrics calls for, and that were not given before."""
+
+    def __init__(self, total: int, config: Config):
+        self.total, self.config, self.given = total, config, set[tuple[str, str]]()
+        self.pairs: list[tuple[float, int]] = []  # accuracy and count of train lines since CHANCE_AFTER
+
+    def __call__(self, step: int, split: str, by_type: dict[str, dict[str, Any]]) -> list[str]:
+        out = []
+        for kind, metrics in by_type.items():
+            warnings = self._about(metrics, split == "train" and step > CHANCE_AFTER * self.total)
+            if OBJECTIVES[self.config.loss[kind]].space == "reward":  # no σ to be flat
+                warnings.pop("saturation", None)
+            for name, words in warnings.items():
+                if (kind, name) not in self.given:
+                    self.given.add((kind, name))
+                    out.append(f"step {step}, {split} split, {kind}: {words}")
+        return out
+
+    def _about(self, m: dict[str, Any], settled: bool) -> dict[str, str]:
+        out = {}
+        if m["saturation"] > SATURATED:
+            out["saturation"] = (
+                f"the implicit reward saturates (predicted rewards are {m['saturation']:.2f} of the way to 0 or 1), so "
+                "gradients vanish; lower beta or learning_rate"
+            )
+        if abs(m["kl"]) > RUNAWAY:
+            out["kl"] = (
+                f"the policy is running away from the reference ({m['kl']:+.2f} nats per token on the dataset's "
+                "responses); raise beta, or lower learning_rate"
+            )
+        if m["logratio_good"] is not None and m["logratio_good"] < FALLING:
+            out["falling"] = (
+                f"the likelihood of good responses is falling ({m['logratio_good']:+.1f} nats each since the start); "
+                "mix in demonstrations or scores, raise beta, or lower learning_rate"
+            )
+        if settled and m["accuracy"] is not None:
+            self.pairs.append((m["accuracy"], m["count"]))
+            accuracies, counts = np.array(self.pairs).T
+            pairs, mean = counts.sum(), (accuracies * counts).sum() / counts.sum()
+            if pairs >= 200 and abs(mean - 0.5) < 2 * math.sqrt(0.25 / pairs):
+                out["chance"] = (
+                    f"pair accuracy is at chance ({mean:.3f} over {pairs:.0f} pairs): nothing is learned from "
+                    "comparisons; raise learning_rate, or look at the labels"
+                )
+        return out
