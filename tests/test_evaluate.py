@@ -99,6 +99,12 @@ def test_saturation_is_how_far_predictions_are_from_one_half():
     assert metrics_of(pair(1e4, 0, 1.0))["saturation"] == pytest.approx(1)
 
 
+def test_log_probs_that_are_not_finite_give_metrics_all_the_same():
+    found = metrics_of(single(math.nan, 1.0, loss=math.nan), single(1.0, 1.0))
+    assert found["count"] == 2
+    assert evaluate.finite(found)["loss"] is None
+
+
 def test_json_and_tracker_forms():
     assert evaluate.finite({"a": math.nan, "b": {"c": math.inf, "d": 1}}) == {"a": None, "b": {"c": None, "d": 1}}
     assert evaluate.flat({"a": {"b": 1, "c": {"d": 2.0}}, "e": None}) == {"a/b": 1, "a/c/d": 2.0}

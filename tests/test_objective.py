@@ -1,6 +1,5 @@
-"""What a step minimises: weighted losses of mixed groups with their offsets, on rows made by hand and without a model."""
+"""What a step minimises: weighted losses of mixed groups with their offsets, on rows made by hand, without a model."""
 
-import itertools
 import json
 import math
 
@@ -475,18 +474,17 @@ def test_running_offsets_go_through_json_bit_for_bit():
 
 
 def test_an_update_does_not_depend_on_the_order_of_the_groups():
-    split = made(*[[(kind, s)] for kind in ("binary", "scalar") for s in (1.0, 0.25, 0.0)])
+    rng = np.random.default_rng(0)
+    split = made(*[[(kind, float(rng.uniform()))] for kind in ("binary", "scalar") for _ in range(20)])
     config = settings.load(None, ["loss.binary=bco", "offset.scalar=ema", "beta=0.7"])
     batch = data.collate(split, split.bundles())
-    h = [0.1, 1e3, -0.7, 0.3, 1e-3, 17.0]
-    judged = Objectives(config, split)(logps_of(batch, h), None, batch).judged()
+    judged = Objectives(config, split)(logps_of(batch, rng.normal(0, 5, 40)), None, batch).judged()
     states = []
-    for order in itertools.islice(itertools.permutations(judged), 0, None, 17):
+    for _ in range(30):
         objectives = Objectives(config, split)
-        objectives.update(order)
+        objectives.update([judged[i] for i in rng.permutation(40)])
         states.append(objectives.state())
-    assert len(states) > 40
-    assert all(state == states[0] for state in states)
+    assert all(state == states[0] for state in states)  # to the last bit
     assert states[0] != Objectives(config, split).state()
 
 
@@ -498,8 +496,8 @@ def test_group_mean_is_refused_when_most_rows_are_their_prompt_s_only_one(caplog
     two, one = [("scalar", 0.9), ("scalar", 0.3)], [("scalar", 0.5)]
     with pytest.raises(UserError, match=r"needs at least 2, and 3 of 5 scalar rows .* use ema, learned or none"):
         Objectives(config, made(two, one, one, one))
+    other = [*one, ("binary", 1.0)]  # another type's row is no company
     with pytest.raises(UserError, match="and 3 of 5 scalar rows"):
-        other = [*one, ("binary", 1.0)]  # another type's row is no company
         Objectives(config, made(two, other, other, other))
     assert "only one" not in caplog.text
     Objectives(config, made(two, one, one))

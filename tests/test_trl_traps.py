@@ -79,7 +79,7 @@ def test_an_implicit_prompt_of_turns_is_cut_between_turns():
 def test_what_a_template_writes_after_the_end_of_a_turn_is_not_scored(tiny_model, tmp_path):
     where = shutil.copytree(tiny_model, tmp_path / "chatty")
     template = (where / "chat_template.jinja").read_text()
-    (where / "chat_template.jinja").write_text(template.replace("'<|end|>\\n'", "'<|end|>\\nEND OF TURN\\n'"))
+    (where / "chat_template.jinja").write_text(template.replace("<|end|>\n", "<|end|>\nEND OF TURN\n"))
     renderer = render.load(where)
     whole = renderer.tokenizer.apply_chat_template([ASK, say("Blue.")], tokenize=False)
     assert whole.endswith("Blue.<|end|>\nEND OF TURN\n")
@@ -91,7 +91,7 @@ def test_rows_that_are_too_long_are_rejected_whole_and_the_others_keep_their_end
     records = [{"prompt": f"q{i}", "completion": "word " * (8 * i + 1), "label": i % 2 == 0} for i in range(12)]
     path = write_jsonl(tmp_path / "thumbs.jsonl", records)
     assert una_here("ingest", path, "--output", tmp_path / "rows")[0] == 0
-    argv = ["--model", tiny_model, "--output", tmp_path / "scored", "--max-length", 200, "--max-rejected", 1, "--json"]
+    argv = ["--model", tiny_model, "--output", tmp_path / "scored", "--max-length", 40, "--max-rejected", 1, "--json"]
     code, out, err = una_here("reference", tmp_path / "rows", *argv)
     assert code == 0, err
     facts = json.loads(out.strip().splitlines()[-1])
@@ -100,13 +100,13 @@ def test_rows_that_are_too_long_are_rejected_whole_and_the_others_keep_their_end
     assert 0 < len(kept) == facts["accepted"] < 12
     renderer = render.load(tiny_model)
     for row in kept:
-        assert len(row["prompt_ids"]) + len(row["response_ids"]) <= 200
+        assert len(row["prompt_ids"]) + len(row["response_ids"]) <= 40
         assert row["response_ids"][-1] == renderer.end_of_turn
         assert renderer.tokenizer.decode(row["response_ids"][:-1]) == row["response"]
     rejected = pyarrow.dataset.dataset(tmp_path / "scored" / "rejected").to_table().to_pylist()
     texts = [json.loads(row["payload"])["response"] for row in rejected]
     assert sorted([*texts, *(row["response"] for row in kept)]) == sorted(r["completion"] for r in records)
-    assert all("tokens, and --max-length is 200" in row["detail"] for row in rejected)
+    assert all("tokens, and --max-length is 40" in row["detail"] for row in rejected)
 
 
 # --- labels between good and bad ---------------------------------------------------------------
@@ -124,10 +124,9 @@ def test_a_label_of_0_3_is_never_taken_for_desirable(model, tmp_path):
     config = settings.load(None, ["loss.scalar=kto", "beta=1", "desirable_weight=2"])
     batch = data.collate(split, sorted(split.bundles()))
     logps = batch.ref_logps + 0.5  # more likely than under the reference, the same for all rows
-    found = dict(
-        zip(batch.rewards.tolist(), Objectives(config, split)(logps, None, batch).losses.tolist(), strict=True)
-    )
-    mixed = found.pop(min(set(found) - {0.0, 1.0}))
+    losses = Objectives(config, split)(logps, None, batch).losses.tolist()
+    found = dict(zip(batch.rewards.tolist(), losses, strict=True))
+    mixed = found[float(np.float32(0.3))]
     assert mixed == pytest.approx(0.3 * found[1.0] + 0.7 * found[0.0])
     assert mixed > found[1.0] + 0.1
 
@@ -181,17 +180,14 @@ def test_kto_with_a_batch_of_one_is_finite_and_learns_from_every_row(model, tmp_
 # --- the reference stays what it was -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", ["policy", "checkpoint-000004"])
+@pytest.mark.parametrize("start", ["policy", "checkpoint-000004/policy"])
 def test_a_trained_model_is_not_silently_made_the_reference(model, tmp_path, start):
     dataset = dataset_of(helpers.make_rows(6, 1), model, tmp_path / "set")
     sets = [*helpers.QUICK, "learning_rate=1e-2", "max_steps=4", "save_every=4"]
     helpers.una_train(dataset, model, tmp_path / "out", sets)
-    trained = tmp_path / "out" / start
-    if start != "policy":  # weights only: the files of the tokenizer lie with the model
-        assert not (trained / "config.json").exists()
-        trained = shutil.copytree(trained / "policy", tmp_path / "trained")
-        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            shutil.copyfile(model / file, trained / file)
+    trained = shutil.copytree(tmp_path / "out" / start, tmp_path / "trained")
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):  # a checkpoint has none
+        shutil.copyfile(model / file, trained / file)
     with pytest.raises(UserError, match=r"nats per token .* What differs from the reference: the weights \(sha256"):
         helpers.una_train(dataset, trained, tmp_path / "again", sets)
     assert not (tmp_path / "again").exists()

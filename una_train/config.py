@@ -158,10 +158,14 @@ class Config:
         None, _optional(_by_name(_number(0))), "weight of each source's loss; a source that is not named has 1"
     )
     type_ratios: dict[str, float] | None = _setting(
-        None, _optional(_by_name(_number(0))), "share that each type gets of the split's weight, whatever its rows"
+        None,
+        _optional(_by_name(_number(0))),
+        "share that each type gets of the train split's weight, whatever its rows; one not named gets none",
     )
     source_ratios: dict[str, float] | None = _setting(
-        None, _optional(_by_name(_number(0))), "share that each source gets of the split's weight, whatever its rows"
+        None,
+        _optional(_by_name(_number(0))),
+        "share that each source gets of the train split's weight, whatever its rows; one not named gets none",
     )
     learning_rate: float = _setting(3e-5, _number(0, above=True), "peak learning rate of AdamW")
     scheduler: str = _setting("cosine", _one_of("cosine", "linear", "constant"), "shape after the warm-up")
@@ -285,6 +289,13 @@ def _consistent(config: Config) -> Config:
         raise UsageError("merge_lora needs the unquantized weights; train with quantization, then merge the adapter")
     if config.type_ratios and config.source_ratios:
         raise UsageError("type_ratios and source_ratios are two answers to one question; give one of them")
+    ratios_and_weights = (config.type_ratios and set(config.type_weights.values()) != {1.0}) or (
+        config.source_ratios and config.source_weights
+    )
+    if ratios_and_weights:
+        raise UsageError(
+            "ratios are shares of the weight, so they do not go with weights of the same; give one of them"
+        )
     if unknown := set(config.type_ratios or {}) - set(config.type_weights):
         raise UsageError(f"type_ratios: {unknown.pop()!r} is none of {', '.join(config.type_weights)}")
     return dataclasses.replace(config, offset=offset)

@@ -13,8 +13,9 @@ import heapq
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -222,14 +223,14 @@ def _check(rows: pa.Table, path: Path) -> None:
 
 def _ref_rewards(metadata: str | None, path: Path) -> np.ndarray:
     """`ref_rewards` of a row's metadata: rewards in [0, 1] of responses sampled from the reference; [] without."""
-    found = json.loads(metadata or "{}").get("ref_rewards", [])
-    try:  # in float32, as rewards are stored: else a 0.7 would lose its ties
-        values = np.array(found if isinstance(found, list) else [np.nan], np.float32).astype(np.float64)
-    except (ValueError, TypeError):
-        values = np.array([np.nan])
-    if values.ndim != 1 or not ((values >= 0) & (values <= 1)).all():
+    try:
+        found = json.loads(metadata or "{}").get("ref_rewards", [])
+    except (ValueError, AttributeError):
+        raise UserError(f"{path}: metadata is {str(metadata)[:80]!r}; it is a JSON object") from None
+    numbers = isinstance(found, list) and all(type(one) in (int, float) and 0 <= one <= 1 for one in found)
+    if not numbers:
         raise UserError(f"{path}: ref_rewards in metadata is {str(found)[:80]}; it is a list of rewards in [0, 1]")
-    return values
+    return np.array(found, np.float32).astype(np.float64)  # as rewards are stored: else a 0.7 would lose its ties
 
 
 def _groups(index: pa.Table, bundle_rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -396,16 +397,17 @@ class Batch:
         return self.input_ids.numel()
 
     def to(self, device: torch.device) -> "Batch":
-        layout = self.layout and Layout(**{**vars(self.layout), **_moved(vars(self.layout), device)})
-        return Batch(**{**vars(self), **_moved(vars(self), device), "layout": layout})
+        layout = self.layout and replace(self.layout, **_moved(self.layout, device))
+        return replace(self, **_moved(self, device), layout=layout)
 
     def pinned(self) -> "Batch":
         """In memory that a GPU copies from while it computes."""
-        return Batch(**{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+        pinned: dict[str, Any] = {name: v.pin_memory() for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **pinned)
 
 
-def _moved(values: dict[str, object], device: torch.device) -> dict[str, object]:
-    return {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
+def _moved(values: Batch | Layout, device: torch.device) -> dict[str, Any]:
+    return {name: v.to(device, non_blocking=True) for name, v in vars(values).items() if isinstance(v, Tensor)}
 
 
 def collate(split: Split, bundles: Sequence[Bundle], layout: str = "shared") -> Batch:
@@ -478,8 +480,8 @@ def _packed(split: Split, stretches: list[list[int]]) -> tuple[np.ndarray, list[
                 starts.append(at)
             spans[-1].append((at, at + len(part)))
             at += len(part)
-    flat = [torch.from_numpy(np.concatenate(x)) for x in (positions, numbers, branches)]
-    return np.concatenate(ids).astype(np.int64)[None], ends, starts, Layout(*flat, spans)
+    places, prompts, parts_of = (torch.from_numpy(np.concatenate(x)) for x in (positions, numbers, branches))
+    return np.concatenate(ids).astype(np.int64)[None], ends, starts, Layout(places, prompts, parts_of, spans)
 
 
 def _padded(split: Split, order: list[int]) -> tuple[np.ndarray, list[int], list[int]]:

@@ -89,6 +89,8 @@ def calibration_error(scores: np.ndarray, targets: np.ndarray) -> float:
 
     The score is σ(β·h) against the explicit reward, or σ(r₁ − r₂) against p for a comparison.
     """
+    if not np.isfinite(scores).all():
+        return math.nan
     bins = np.minimum((scores * BINS).astype(int), BINS - 1)
     gaps = np.abs(np.bincount(bins, scores, BINS) - np.bincount(bins, targets, BINS))
     return float(gaps.sum() / len(scores))

@@ -65,22 +65,25 @@ class Outcome:
 
 
 class Objectives:
-    """The settings' objectives for a train split; call it on a micro-batch's log-probs."""
+    """The settings' objectives for the rows of a train split and of others; call it on a micro-batch's log-probs.
 
-    def __init__(self, config: Config, split: Split):
+    Weights and running offsets are those of the train split, where it has rows of the type.
+    """
+
+    def __init__(self, config: Config, train: Split, *others: Split):
         self.config = config
-        first = split.group_rows[:, 0]
-        self.types = [kind for i, kind in enumerate(TYPES) if (split.types[first] == i).any()]
-        self.type_weights, self.source_weights = _weights(config, split)
+        self.type_weights, self.source_weights = _weights(config, train)
         self.running: dict[str, offsets.Running] = {}
-        for kind in self.types:
-            if kind == "pairwise":
-                continue
-            rows = np.flatnonzero(split.types == TYPES.index(kind))
-            _check_offset(config, kind, split, rows)
-            if (offset := config.offset[kind]) in offsets.RUNNING:
-                space, mean = OBJECTIVES[config.loss[kind]].space, float(split.rewards[rows].mean())
-                self.running[kind] = offsets.Running(offset, space, mean, config.offset_decay)
+        self.types: list[str] = []
+        for split in (train, *others):
+            for kind in [kind for i, kind in enumerate(TYPES) if (split.types == i).any()]:
+                rows = np.flatnonzero(split.types == TYPES.index(kind))
+                if kind != "pairwise":
+                    _check_offset(config, kind, split, rows)
+                if kind not in self.types and config.offset.get(kind) in offsets.RUNNING:
+                    space, mean = OBJECTIVES[config.loss[kind]].space, float(split.rewards[rows].mean())
+                    self.running[kind] = offsets.Running(config.offset[kind], space, mean, config.offset_decay)
+                self.types = [*self.types, kind] if kind not in self.types else self.types
 
     @property
     def learns(self) -> bool:
@@ -170,12 +173,16 @@ def _weights(config: Config, split: Split) -> tuple[dict[str, float], dict[str, 
         (config.type_ratios, types, list(TYPES), split.types[first]),
         (config.source_ratios, sources, split.source_names, split.sources[first]),
     ):
+        if ratios and not sum(ratios.values()):
+            raise UserError("type_ratios or source_ratios: at least one must be above 0")
         for name in ratios or {}:
             if name not in names or not (codes == names.index(name)).any():
                 present = sorted({names[code] for code in codes})
                 raise UserError(f"ratios: no rows of {name!r} in the train split; it has {', '.join(present)}")
         for code, name in enumerate(names):
             count = int((codes == code).sum())
+            if ratios and count and name not in ratios:
+                log.warning("no ratio is given for %s: its %d groups have no weight", name, count)
             if ratios and count:
                 wanted = ratios.get(name, 0.0) / sum(ratios.values())
                 weights[name] = weights.get(name, 1.0) * wanted * len(codes) / count

@@ -26,6 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME = "una_packed"  # of the attention implementation
 SHORT = 256  # tokens of a prompt and its responses, up to which they are one piece of work
+BLOCK = 128  # tokens of a side of FlexAttention's blocks
 PROMPT = 0  # the branch of a prompt's own tokens; responses count from 1
 
 
@@ -94,15 +95,58 @@ class Mask:
         return mask.masked_fill_(~self.allowed(query[:, None], key[None, :]), -torch.inf)
 
     def blocks(self) -> Any:
-        """The block-sparse mask of FlexAttention over the whole sequence."""
+        """The block-sparse mask of FlexAttention over the whole sequence, padded to whole blocks."""
         if self._blocks is None:
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            length, device = len(self.layout.positions), self.layout.positions.device
-            self._blocks = create_block_mask(
-                lambda b, h, query, key: self.allowed(query, key), None, None, length, length, device=device
-            )
+            self._blocks = _find_blocks(self.layout, self.rule)
         return self._blocks
+
+
+def _find_blocks(layout: Layout, rule: Callable[..., Tensor]) -> Any:
+    """A FlexAttention BlockMask, found a few lines of blocks at a time: no tensor is T×T.
+
+    Padding stands under a prompt of its own, so that no line is without a key.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    length, device = len(layout.positions), layout.positions.device
+    positions, branch = (F.pad(x, (0, _padding(length))) for x in (layout.positions, layout.branch))
+    prompt = F.pad(layout.prompt, (0, _padding(length)), value=-1)
+
+    def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        path = (branch[key] == PROMPT) | (branch[query] == branch[key])
+        seen = (prompt[query] == prompt[key]) & path & (query >= key)
+        return seen & rule(batch, head, positions[query], positions[key])
+
+    count = len(positions) // BLOCK
+    some = torch.zeros(count, count, dtype=torch.bool, device=device)
+    every = some.clone()
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    starts = [spans[0][0] for spans in layout.spans] + [length]
+    for first in range(0, count, 8):
+        last = min(first + 8, count)
+        near = max(start for start in starts if start <= first * BLOCK) // BLOCK  # what is before is other prompts'
+        query, key = (torch.arange(a * BLOCK, last * BLOCK, device=device) for a in (first, near))
+        tiles = allowed(zero, zero, query[:, None], key[None, :]).view(last - first, BLOCK, last - near, BLOCK)
+        some[first:last, near:last] = tiles.any(3).any(1)
+        every[first:last, near:last] = tiles.all(3).all(1)
+    return BlockMask.from_kv_blocks(
+        *_ordered(some & ~every),
+        *_ordered(every),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=allowed,
+        seq_lengths=(len(positions), len(positions)),
+    )
+
+
+def _ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of each line are chosen, and their numbers, with those of the others after them."""
+    order = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+
+def _padding(length: int) -> int:
+    """Tokens that make whole blocks, and two of them at least: one alone would be compiled apart."""
+    return max(2 * BLOCK - length, -length % BLOCK)
 
 
 @torch.compiler.disable  # lengths differ from batch to batch: traced, it would be compiled again for each
@@ -161,9 +205,11 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout: float,
     if dropout:
         raise NotImplementedError("FlexAttention has no attention dropout")
     score = None if softcap is None else (lambda s, b, h, q, k: softcap * torch.tanh(s / softcap))
-    return _flex_attention(query.is_cuda)(
-        query, key, value, score_mod=score, block_mask=mask.blocks(), scale=scaling, enable_gqa=True
-    )
+    length = query.shape[2]
+    query, key, value = (F.pad(x, (0, 0, 0, _padding(length))) for x in (query, key, value))
+    run = _flex_attention(query.is_cuda)
+    out = run(query, key, value, score_mod=score, block_mask=mask.blocks(), scale=scaling, enable_gqa=True)
+    return out[:, :, :length]
 
 
 _compiled: dict[bool, Any] = {}
@@ -174,7 +220,9 @@ def _flex_attention(on_gpu: bool) -> Any:
     if on_gpu not in _compiled:
         from torch.nn.attention.flex_attention import flex_attention
 
-        _compiled[on_gpu] = torch.compile(flex_attention, dynamic=True) if on_gpu else flex_attention
+        # one compilation for each rule, soft-cap and mode of grad; past the limit it would run without a kernel
+        compiled: Any = torch.compile  # whose stub does not know the limit
+        _compiled[on_gpu] = compiled(flex_attention, recompile_limit=64) if on_gpu else flex_attention
     return _compiled[on_gpu]
 
 

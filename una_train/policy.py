@@ -70,7 +70,9 @@ class Scorer(nn.Module):
 
     def _chunked(self, inputs: dict[str, Any], batch: Batch) -> tuple[Tensor, Tensor]:
         model = _base(self.policy)
-        hidden = model.get_decoder()(**inputs).last_hidden_state.flatten(0, 1)
+        decoder = model.get_decoder()
+        decoder = model.model if decoder is model else decoder  # Llama 4 names itself
+        hidden = decoder(**inputs).last_hidden_state.flatten(0, 1)
         head = self.policy.get_output_embeddings()
         scale, softcap = _after_head(model.config.get_text_config())
         return hidden, linear_logps(hidden[batch.predicts], head, batch.targets, scale, softcap)
@@ -117,6 +119,9 @@ def settle(scorer: Scorer, config: Config, device: torch.device, sharded: bool =
         return (Scorer.forward(scorer, batch) if exact else scorer(batch))[0].float()
 
     def fits(layout: str, chunked: bool) -> bool:
+        if layout != "padded" and getattr(scorer.policy.config.get_text_config(), "attn_temperature_tuning", False):
+            log.info("attention that depends on the place in the sequence (attn_temperature_tuning) is not packed")
+            return False
         scorer.use(layout != "padded", chunked)
         try:
             difference = (score(split.bundles(), layout) - expected).abs()

@@ -124,7 +124,7 @@ def train(
     train_split, test_split = splits["train"], splits["test"]
     assert train_split is not None
     started = time.perf_counter()
-    objectives = Objectives(config, train_split)
+    objectives = Objectives(config, *filter(None, (train_split, test_split)))
 
     # the policy, from the model or from the checkpoint
     set_seed(config.seed)
@@ -193,7 +193,8 @@ def train(
                 last_micro = i == len(step.micros) - 1
                 with nullcontext() if last_micro or sharded else accelerator.no_sync(model):
                     batch = batch.to(device)
-                    outcome = objectives(*model(batch), batch)
+                    logps, values = model(batch)
+                    outcome = objectives(logps, values, batch)
                     # wrappers average gradients over the processes
                     accelerator.backward(outcome.total() * (counts * world / step.groups))
                 if counts:
@@ -337,7 +338,8 @@ def judge_all(
         batch = data.collate(split, mine[i] if i < len(mine) else micros[0][0], layout)
         with _memory_advice([batch], config):
             batch = batch.to(accelerator.device)
-            outcome = objectives(*model(batch), batch)
+            logps, values = model(batch)
+            outcome = objectives(logps, values, batch)
         judged += outcome.judged() if i < len(mine) else []
     return sorted(gather_object(judged), key=lambda one: one.rows)
 

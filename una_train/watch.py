@@ -41,13 +41,18 @@ class Watch:
 
     def __init__(self, total: int, config: Config):
         self.total, self.config, self.given = total, config, set[tuple[str, str]]()
+        self.first: dict[str, float] = {}  # saturation before the first step: an offset alone may bring it near 1
         self.pairs: list[tuple[float, int]] = []  # accuracy and count of train lines since CHANCE_AFTER
 
     def __call__(self, step: int, split: str, by_type: dict[str, dict[str, Any]]) -> list[str]:
         out = []
         for kind, metrics in by_type.items():
             warnings = self._about(metrics, split == "train" and step > CHANCE_AFTER * self.total)
-            if OBJECTIVES[self.config.loss[kind]].space == "reward":  # no σ to be flat
+            if step == 0:
+                self.first[kind] = metrics["saturation"]
+            if (
+                self.first.get(kind, 0) > SATURATED or OBJECTIVES[self.config.loss[kind]].space == "reward"
+            ):  # no σ to be flat
                 warnings.pop("saturation", None)
             for name, words in warnings.items():
                 if (kind, name) not in self.given:
