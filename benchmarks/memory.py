@@ -16,13 +16,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 import transformers
 
 from una_train import config as settings
-from una_train import data, train
-from una_train.logps import response_logps
+from una_train import data, policy
+from una_train.objective import Objectives
 
 STEPS, PAIRS, PROMPT, RESPONSE, VOCABULARY = 3, 2, 32, 32, 4096
 
@@ -79,35 +78,41 @@ def make_model(where: Path) -> int:
 def rows() -> data.Split:
     rng = np.random.default_rng(0)
     n = 2 * PAIRS
-    table = pa.table(
-        {
-            "prompt_ids": rng.integers(0, VOCABULARY, (n, PROMPT)).tolist(),
-            "response_ids": rng.integers(0, VOCABULARY, (n, RESPONSE)).tolist(),
-            "ref_logps": np.full((n, RESPONSE), -8.0, dtype=np.float32).tolist(),
-        }
-    ).cast(
-        pa.schema(
-            [("prompt_ids", ids := pa.list_(pa.int32())), ("response_ids", ids), ("ref_logps", pa.list_(pa.float32()))]
-        )
+
+    def flat(values: np.ndarray) -> data.Flat:
+        return data.Flat(values.ravel(), np.full(n, values.shape[1]))
+
+    return data.Split(
+        files=[],
+        prompts=flat(rng.integers(0, VOCABULARY, (PAIRS, PROMPT)).repeat(2, 0)),
+        responses=flat(rng.integers(0, VOCABULARY, (n, RESPONSE))),
+        ref_logps=flat(np.full((n, RESPONSE), -8.0, np.float32)),
+        rewards=np.array([1.0, 0.0] * PAIRS),
+        types=np.zeros(n, np.int8),
+        sources=np.zeros(n, np.int32),
+        source_names=["random"],
+        group_rows=np.arange(n).reshape(PAIRS, 2),
+        bundle_starts=np.arange(PAIRS + 1),
     )
-    groups = [(2 * i, 2 * i + 1) for i in range(PAIRS)]
-    return data.Split(table, groups, np.full(n, PROMPT + RESPONSE), ["pairwise"] * n, np.array([1.0, 0.0] * PAIRS))
 
 
 def peak(where: Path, with_reference: bool) -> float:
     """MB of peak resident memory after a few steps; the batch is the same with and without the reference."""
-    config = settings.load()
-    policy = train.load_policy(where, config).train()
-    reference = train.load_policy(where, config).eval().requires_grad_(False) if with_reference else None
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5)
-    split = rows()
+    config, split, cpu = settings.load(), rows(), torch.device("cpu")
+    scorer = policy.Scorer(policy.load(where, config)).train()
+    policy.settle(scorer, config, cpu)
+    reference = None
+    if with_reference:
+        reference = policy.Scorer(policy.load(where, config)).eval().requires_grad_(False)
+        policy.settle(reference, config, cpu)
+    optimizer, objectives = policy.optimizer_of(scorer, config, on_gpu=False), Objectives(config, split)
     for _ in range(STEPS):
-        batch = data.collate(split, split.groups)
+        batch = data.collate(split, split.bundles())
         if reference is not None:
             with torch.no_grad():
-                head = reference.get_output_embeddings()
-                batch.ref_logps.copy_(response_logps(reference, head, batch.input_ids, batch.predicts, batch.targets))
-        train.group_losses(policy, policy.get_output_embeddings(), batch, config)[1].mean().backward()
+                batch.ref_logps.copy_(reference(batch)[0])
+        logps, values = scorer(batch)
+        objectives(logps, values, batch).total().backward()
         optimizer.step()
         optimizer.zero_grad()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # Linux counts kilobytes

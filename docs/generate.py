@@ -14,6 +14,8 @@ from pipelines.converters import CONVERTERS
 from schemas.errors import REASONS
 from schemas.feedback import FEEDBACK, REFERENCE_COLUMNS
 from una_train.config import Config
+from una_train.losses import OBJECTIVES
+from una_train.offsets import OFFSETS
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,11 +53,36 @@ def _default(value: object) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value).lower()
 
 
+def objectives() -> str:
+    rows = [
+        f"| `{name}` | {'pairwise' if o.pairs else 'the others'} | {_equation(o.loss)} | {_listed(o.offsets)} |"
+        for name, o in OBJECTIVES.items()
+    ]
+    return "\n".join(["| objective | types | loss of a group | offsets |", "|---|---|---|---|", *rows])
+
+
+def _equation(loss: Callable[..., object]) -> str:
+    """The first line of the docstring."""
+    return str(loss.__doc__).strip().splitlines()[0].rstrip(".,").replace("|", "\\|")
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in names) if names != ("none",) else ""
+
+
+def offsets() -> str:
+    return "\n".join(
+        ["| offset | what is added to β·h |", "|---|---|", *(f"| `{k}` | {v} |" for k, v in OFFSETS.items())]
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "columns": columns,
     "formats": formats,
     "reasons": reasons,
     "settings": settings,
+    "objectives": objectives,
+    "offsets": offsets,
 }
 
 

@@ -395,9 +395,12 @@ def test_a_dataset_without_a_test_split_trains(tmp_path, model_dir, tables):
 LONG = ["tracker=none", "batch_size=4", "epochs=6", "save_every=10", "eval_every=25", "learning_rate=1e-3"]
 
 
-def test_a_killed_run_continues_bit_for_bit(tmp_path, model_dir, dataset):
-    una_train(dataset, model_dir, tmp_path / "whole", LONG)
-    killed = subprocess_of(dataset, model_dir, tmp_path / "cut", LONG)
+@pytest.mark.parametrize("store", ["memory", "disk"])
+def test_a_killed_run_continues_bit_for_bit(tmp_path, model_dir, dataset, store):
+    # offsets that follow the run or are learned are part of a checkpoint; the tokens' place changes nothing
+    sets = [*LONG, "loss.binary=kto", "loss.scalar=dro", f"token_store={store}"]
+    una_train(dataset, model_dir, tmp_path / "whole", [*sets, "token_store=memory"])
+    killed = subprocess_of(dataset, model_dir, tmp_path / "cut", sets)
     while not (tmp_path / "cut" / "checkpoint-000010").exists():
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.002)
@@ -405,10 +408,12 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, model_dir, dataset):
     killed.communicate()
     assert not (tmp_path / "cut" / "policy").exists()
     with pytest.raises(UserError, match=r"continue it with --resume, or replace it with --overwrite"):
-        una_train(dataset, model_dir, tmp_path / "cut", LONG)
+        una_train(dataset, model_dir, tmp_path / "cut", sets)
+    assert bool(list((tmp_path / "cut").glob(".tokens-*/train/prompt_ids"))) == (store == "disk")
     (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"step": 11, "spl')
     una_train(dataset, model_dir, tmp_path / "cut", [], "--resume")
-    for file in ("policy/model.safetensors", "predictions.parquet", "config.yaml"):
+    assert not list((tmp_path / "cut").glob(".tokens-*"))
+    for file in ("policy/model.safetensors", "predictions.parquet"):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
     pairs = zip(metrics(tmp_path / "cut"), metrics(tmp_path / "whole"), strict=True)
     timed = {"tokens_per_second": 0, "data_wait": 0}
@@ -720,6 +725,15 @@ def test_wrong_reference_logps_late_in_the_split_are_found(tmp_path, model_dir, 
     wrong = write_dataset(tmp_path / "d", {**tables, "train": train}, print_of(model_dir))
     with pytest.raises(UserError, match="differ from the stored reference log-probs"):
         una_train(wrong, model_dir, tmp_path / "out", ["max_steps=1", "tracker=none"])
+
+
+def test_a_file_that_is_not_the_manifests_is_named(tmp_path, model_dir, tables):
+    where = write_dataset(tmp_path / "d", tables, print_of(model_dir))
+    manifest = json.loads((where / "manifest.json").read_text())
+    manifest["files"] = [{"path": "data/train-00000-of-00002.parquet", "rows": 1, "bytes": 7, "sha256": ""}]
+    (where / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"train-00000.* is not the file of 7 bytes in the manifest; copy it anew"):
+        una_train(where, model_dir, tmp_path / "out", ["max_steps=1"])
 
 
 def test_a_missing_shard_and_a_damaged_model_are_named(tmp_path, model_dir, tables):

@@ -19,11 +19,10 @@ from schemas import settings_file
 from schemas.command import did_you_mean
 from schemas.errors import UsageError
 from una_train.losses import OBJECTIVES, PAIRWISE, POINTWISE
-from una_train.offsets import FROM_REFERENCE
+from una_train.offsets import FROM_REFERENCE, OFFSETS
 
 Check = Callable[[Any], Any]  # gives the value back, or raises ValueError saying what is allowed
 
-OFFSETS = tuple(dict.fromkeys(name for objective in OBJECTIVES.values() for name in objective.offsets))
 LORA = {"r": 32, "alpha": 16, "dropout": 0.05, "target": "all-linear"}  # the paper's
 
 

@@ -38,11 +38,16 @@ def una_mse(r: Float[Tensor, " n"], s: Float[Tensor, " n"], o: Options) -> Float
 
 
 def una_bce(r: Float[Tensor, " n"], s: Float[Tensor, " n"], o: Options) -> Float[Tensor, " n"]:
-    """−s·log σ(r) − (1 − s)·log σ(−r) (UNA, Eq. 12), from the logit; s may lie anywhere in [0, 1].
-
-    With the offset `midpoint` it is BCO (arXiv 2404.04656).
-    """
+    """−s·log σ(r) − (1 − s)·log σ(−r) (UNA, Eq. 12), from the logit; s may lie anywhere in [0, 1]."""
     return F.binary_cross_entropy_with_logits(r, s, reduction="none")
+
+
+def bco(r: Float[Tensor, " n"], s: Float[Tensor, " n"], o: Options) -> Float[Tensor, " n"]:
+    """−s·log σ(r) − (1 − s)·log σ(−r), with the offset −δ in r (BCO, arXiv 2404.04656).
+
+    The paper's weights for a shift between prompts of good and of bad responses are left out.
+    """
+    return una_bce(r, s, o)
 
 
 def kto(r: Float[Tensor, " n"], s: Float[Tensor, " n"], o: Options) -> Float[Tensor, " n"]:
@@ -145,7 +150,7 @@ OBJECTIVES: dict[str, Objective] = {
     "una_mse": Objective(una_mse, offsets=SCORE_OFFSETS),
     "una_bce": Objective(una_bce, offsets=SCORE_OFFSETS),
     "kto": Objective(kto, offsets=("reference_point",)),
-    "bco": Objective(una_bce, offsets=("midpoint",)),
+    "bco": Objective(bco, offsets=("midpoint",)),
     "dro": Objective(dro, space="reward", offsets=("learned", "group_mean", "ema", "ref_lme", "none")),
     "qrpo": Objective(qrpo, space="reward", offsets=("ref_quantile",)),
     "pairwise": Objective(pairwise, pairs=True),

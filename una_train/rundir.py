@@ -184,8 +184,9 @@ def check_same_run(output: Path, facts: dict[str, Any]) -> None:
     ]
     if before["dataset_manifest_sha256"] != facts["dataset_manifest_sha256"]:
         changed.append("the dataset's manifest")
-    if before["model_fingerprint"]["weights"] != facts["model_fingerprint"]["weights"]:
-        changed.append("the model's weights")
+    for part, name in {"weights": "weights", "tokenizer": "tokenizer", "chat_template": "chat template"}.items():
+        if before["model_fingerprint"].get(part) != facts["model_fingerprint"].get(part):
+            changed.append(f"the model's {name}")
     if changed:
         raise UserError(f"{output}: cannot continue with other {', '.join(changed)}; undo it, or --overwrite")
 

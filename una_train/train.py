@@ -80,7 +80,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     cache = _cache(accelerator, config, dataset, output)
     try:
         splits = {split: _read(accelerator, config, dataset, split, cache) for split in ("train", "test")}
-        _check_dataset(dataset, splits, model_dir)
+        _check_dataset(dataset, manifest, splits, model_dir)
         facts = rundir.facts_of(args.model, args.dataset, config, model_dir)
         checkpoint = rundir.newest_checkpoint(output) if args.resume else None
         if args.resume:
@@ -491,7 +491,13 @@ def _accelerator(config: Config, output: Path) -> Accelerator:
     return accelerator
 
 
-def _check_dataset(dataset: Path, splits: dict[str, Split | None], model_dir: Path) -> None:
+def _check_dataset(dataset: Path, manifest: Manifest, splits: dict[str, Split | None], model_dir: Path) -> None:
+    for split in filter(None, splits.values()):
+        of_name = {file["path"]: file for file in manifest.files}
+        for path in split.files:
+            listed = of_name.get(f"data/{path.name}")
+            if listed and listed["bytes"] != path.stat().st_size:
+                raise UserError(f"{path}: is not the file of {listed['bytes']:,} bytes in the manifest; copy it anew")
     if splits["train"] is None or not len(splits["train"].rewards):
         found = sorted({path.name.partition("-")[0] for path in (dataset / "data").glob("*-*.parquet")})
         raise UserError(f"{dataset}: no rows of split train in data/ (splits: {', '.join(found) or 'none'})")

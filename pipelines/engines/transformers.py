@@ -71,11 +71,16 @@ def _logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def load(model: str, *, dtype: str, batch_tokens: int, max_length: int) -> TransformersEngine:
     """Load a local model directory onto the GPU if there is one, else the CPU."""
-    from transformers import AutoModelForCausalLM, logging
+    from transformers import AutoConfig, AutoModelForCausalLM, logging
 
     logging.disable_progress_bar()
     try:
-        net = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), use_safetensors=True)
+        text = AutoConfig.from_pretrained(model).get_text_config()
+        # transformers' SDPA leaves out the soft-cap of attention (Gemma 2)
+        attention = {"attn_implementation": "eager"} if getattr(text, "attn_logit_softcapping", None) else {}
+        net = AutoModelForCausalLM.from_pretrained(
+            model, dtype=getattr(torch, dtype), use_safetensors=True, **attention
+        )
     except Exception as error:
         raise UserError(f"{model}: the model cannot be loaded ({type(error).__name__}: {error})") from None
     net.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
