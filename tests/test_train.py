@@ -27,7 +27,7 @@ from schemas.errors import UserError
 from schemas.fingerprint import differences, fingerprint, local_model
 from schemas.manifest import Manifest
 from una_train import config as settings
-from una_train import data, policy, train
+from una_train import data, policy, rundir, train
 from una_train.objective import Objectives
 
 TEMPLATE = (
@@ -380,6 +380,7 @@ def test_bfloat16_trains_and_saves_bfloat16(tmp_path, model_dir, dataset):
     assert math.isfinite(summary["loss"])
     assert {w.dtype for w in weights(tmp_path / "out" / "policy").values()} == {torch.bfloat16}
     assert {w.dtype for w in weights(tmp_path / "out/checkpoint-000004/policy").values()} == {torch.float32}
+    assert json.loads((tmp_path / "out/policy/config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_a_dataset_without_a_test_split_trains(tmp_path, model_dir, tables):
@@ -388,6 +389,33 @@ def test_a_dataset_without_a_test_split_trains(tmp_path, model_dir, tables):
     assert summary["test"] is None
     assert json.loads((tmp_path / "out" / "run.json").read_text())["final"] == {"test": None}
     assert not (tmp_path / "out" / "predictions.parquet").exists()
+
+
+def tied_model(where: Path) -> Path:
+    make_model(where)
+    torch.manual_seed(0)
+    config = llama_config()
+    config.tie_word_embeddings = True
+    transformers.LlamaForCausalLM(config).save_pretrained(where)
+    return where
+
+
+def test_a_tied_model_is_saved_once_and_not_merged_with_an_adapter_of_one_use(tmp_path):
+    model = tied_model(tmp_path / "model")
+    tables = {split: scored(make_rows(4, seed), model) for seed, split in enumerate(("train", "test"))}
+    where = write_dataset(tmp_path / "d", tables, print_of(model))
+    for name, sets in [("bf16", ["dtype=bfloat16"]), ("merged", ["lora=true", "merge_lora=true"])]:
+        una_train(where, model, tmp_path / name, [*QUICK, *sets, "max_steps=2"])
+        assert "lm_head.weight" not in weights(tmp_path / name / "policy")
+    sets = [*QUICK, "lora=true", "lora.target=[q_proj, embed_tokens]", "merge_lora=true"]
+    with pytest.raises(UserError, match="merge_lora: this model's head is its embedding matrix"):
+        una_train(where, model, tmp_path / "out", sets)
+
+
+def test_a_test_loss_that_is_not_finite_does_not_hide_the_end(tmp_path, capsys, model_dir, dataset):
+    summary = una_train(dataset, model_dir, tmp_path / "out", [*QUICK, "max_steps=2", "learning_rate=1e25"])
+    assert summary["test"]["loss"] is None
+    assert "loss not finite" in capsys.readouterr().out
 
 
 # --- killed, interrupted, continued ------------------------------------------------------------
@@ -493,6 +521,21 @@ def undo(output: Path, back_to: int) -> None:
     for checkpoint in output.glob("checkpoint-*"):
         if int(checkpoint.name.partition("-")[2]) > back_to:
             shutil.rmtree(checkpoint)
+
+
+def test_a_learned_offset_is_averaged_where_a_process_has_no_row_of_its_type(tmp_path, model_dir):
+    rows = make_rows(8, 5)
+    comparisons = [row for row in rows if row["source"] == "pairs"][:8]
+    others = {row["prompt_id"] for row in comparisons}
+    scores = [row for row in rows if row["source"] == "scores" and row["prompt_id"] not in others]
+    where = write_dataset(tmp_path / "d", {"train": scored([*comparisons, *scores], model_dir)}, print_of(model_dir))
+    sets = [*QUICK, "batch_size=3", "micro_batch_tokens=1", "loss.scalar=dro"]
+    una_train(where, model_dir, tmp_path / "one", sets)
+    two = subprocess_of(where, model_dir, tmp_path / "two", sets, launcher=TWO)
+    _, err = two.communicate()
+    assert two.returncode == 0, err
+    one, other = weights(tmp_path / "one/policy"), weights(tmp_path / "two/policy")
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
 
 
 def test_a_user_error_in_two_processes_is_said_once_and_without_a_traceback(tmp_path, model_dir):
@@ -679,8 +722,6 @@ def test_models_that_are_not_there(tmp_path, model_dir):
 
 
 def test_a_checkpoint_that_cannot_be_written_is_said_and_removed(tmp_path):
-    from una_train import rundir
-
     def write(error):
         with rundir.written_whole(tmp_path / "checkpoint-000001"):
             raise error
@@ -689,6 +730,36 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_removed(tmp_path):
         with pytest.raises(UserError, match=r"could not be written .* free disk space"):
             write(error)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_run_at_a_time_writes_to_a_directory(tmp_path, model_dir, dataset):
+    with rundir.locked(tmp_path / "out"), pytest.raises(UserError, match="another run is writing here"):
+        una_train(dataset, model_dir, tmp_path / "out", [*QUICK, "max_steps=1"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_token_files_that_another_process_has_mapped_are_left_to_it(tmp_path, dataset):
+    first = data.read(dataset, "train", cache=tmp_path / "cache")
+    before = first.prompts.values.copy()
+    data.read(dataset, "test", cache=tmp_path / "cache")
+    (tmp_path / "cache/test").rename(tmp_path / "cache/elsewhere")
+    data.read(dataset, "train", cache=tmp_path / "cache")
+    assert np.array_equal(first.prompts.values, before)
+
+
+def test_a_run_killed_before_or_while_it_prepares_its_directory_can_be_started_again(tmp_path, model_dir, dataset):
+    out = tmp_path / "out"
+    (out / ".tokens-host").mkdir(parents=True)  # killed while it read
+    (out / ".config.yaml").write_text("")
+    una_train(dataset, model_dir, out, [*QUICK, "max_steps=1"])
+    facts = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**facts, "final": None}))  # killed while --overwrite removed things
+    shutil.rmtree(out / "policy")
+    (out / "config.yaml").unlink()
+    with pytest.raises(UserError, match="holds an unfinished run"):
+        una_train(dataset, model_dir, out, [*QUICK, "max_steps=1"])
+    una_train(dataset, model_dir, out, [*QUICK, "max_steps=1"], "--resume")
+    assert (out / "policy/model.safetensors").exists()
 
 
 def test_a_run_killed_after_its_last_checkpoint_is_finished(tmp_path, model_dir, dataset):

@@ -44,10 +44,10 @@ def _number(low: float, high: float = math.inf, above: bool = False) -> Check:
     return check
 
 
-def _whole(low: int, high: int | None = None) -> Check:
+def _whole(low: int, high: int = 2**31 - 1) -> Check:
     def check(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < low or value > (high or value):
-            raise ValueError(f"a whole number of at least {low}" + (f", at most {high}" if high else ""))
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f"a whole number of at least {low}, at most {high}")
         return value
 
     return check
@@ -145,25 +145,25 @@ class Config:
     margin: float = _setting(
         0.0, _number(0), "m of `pairwise`: difference of implicit rewards asked of a clear verdict"
     )
-    desirable_weight: float = _setting(1.0, _number(0), "λ_D of `kto`")
-    undesirable_weight: float = _setting(1.0, _number(0), "λ_U of `kto`")
+    desirable_weight: float = _setting(1.0, _number(0, 1e6), "λ_D of `kto`")
+    undesirable_weight: float = _setting(1.0, _number(0, 1e6), "λ_U of `kto`")
     type_weights: dict[str, float] = _mapping(
         dict.fromkeys(_per_type(_switch), 1.0),
-        _per_type(_number(0)),
+        _per_type(_number(0, 1e6)),
         "weight of each type's loss in the step's loss",
         spread=True,
     )
     source_weights: dict[str, float] | None = _setting(
-        None, _optional(_by_name(_number(0))), "weight of each source's loss; a source that is not named has 1"
+        None, _optional(_by_name(_number(0, 1e6))), "weight of each source's loss; a source that is not named has 1"
     )
     type_ratios: dict[str, float] | None = _setting(
         None,
-        _optional(_by_name(_number(0))),
+        _optional(_by_name(_number(0, 1e6))),
         "share that each type gets of the train split's weight, whatever its rows; one not named gets none",
     )
     source_ratios: dict[str, float] | None = _setting(
         None,
-        _optional(_by_name(_number(0))),
+        _optional(_by_name(_number(0, 1e6))),
         "share that each source gets of the train split's weight, whatever its rows; one not named gets none",
     )
     learning_rate: float = _setting(3e-5, _number(0, above=True), "peak learning rate of AdamW")
@@ -215,7 +215,12 @@ class Config:
     lora: dict[str, Any] | None = dataclasses.field(
         default=None,
         metadata={
-            "entries": {"r": _whole(1), "alpha": _number(0, above=True), "dropout": _number(0, 1), "target": _names},
+            "entries": {
+                "r": _whole(1),
+                "alpha": _number(0, above=True),
+                "dropout": _number(0, 0.999),
+                "target": _names,
+            },
             "default": LORA,
             "spread": False,
             "description": "train a LoRA adapter; `true`: the paper's r 32, alpha 16, dropout .05, all linear layers",

@@ -168,7 +168,8 @@ class _Sink:
         if folder and write:
             folder.mkdir(parents=True, exist_ok=True)
             for name in TOKENS:
-                (folder / name).write_bytes(b"")
+                (folder / name).unlink(missing_ok=True)  # another process may have it mapped
+                (folder / name).touch()
 
     def add(self, rows: pa.RecordBatch) -> None:
         for name, kind in TOKENS.items():
@@ -273,6 +274,15 @@ class Order:
         while len(self._steps) <= epoch:
             self._steps.append(len(self._epoch(len(self._steps))[1]))
         return self._steps[epoch]
+
+    def total(self, epochs: int, most: int | None) -> int:
+        """Steps of some epochs, but not more than `most`."""
+        count = 0
+        for epoch in range(epochs):
+            if most is not None and count >= most:
+                break
+            count += self.steps(epoch)
+        return count if most is None else min(count, most)
 
     def place(self, step: int) -> tuple[int, int]:
         """The epoch of a step (counted from 1), and the steps of that epoch that came before."""

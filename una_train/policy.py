@@ -8,7 +8,9 @@ What is left out: how often any of this is called (`train`).
 Shapes: N response tokens and B rows of a micro-batch.
 """
 
+import dataclasses
 import importlib.util
+import json
 import logging
 import re
 import shutil
@@ -32,6 +34,7 @@ from una_train.logps import linear_logps
 
 log = logging.getLogger("una_train")
 
+DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout")  # what models call theirs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -119,7 +122,11 @@ def settle(scorer: Scorer, config: Config, device: torch.device, sharded: bool =
         return (Scorer.forward(scorer, batch) if exact else scorer(batch))[0].float()
 
     def fits(layout: str, chunked: bool) -> bool:
-        if layout != "padded" and getattr(scorer.policy.config.get_text_config(), "attn_temperature_tuning", False):
+        text = scorer.policy.config.get_text_config()
+        if layout != "padded" and device.type == "cuda" and any(getattr(text, name, 0) for name in DROPOUTS):
+            log.info("attention dropout is not packed on a GPU")
+            return False
+        if layout != "padded" and getattr(text, "attn_temperature_tuning", False):
             log.info("attention that depends on the place in the sequence (attn_temperature_tuning) is not packed")
             return False
         scorer.use(layout != "padded", chunked)
@@ -234,10 +241,18 @@ def _with_lora(policy: Any, config: Config, checkpoint: Path | None) -> Any:
         lora_dropout=config.lora["dropout"],
         target_modules=config.lora["target"],
     )
+    ends = (policy.get_input_embeddings(), policy.get_output_embeddings())
+    tied = ends[0].weight is ends[1].weight
     try:
-        return peft.get_peft_model(policy, lora)
+        adapted = peft.get_peft_model(policy, lora)
     except (ValueError, re.error) as error:
         raise UserError(f"lora.target {config.lora['target']!r} does not fit this model: {error}") from None
+    if config.merge_lora and tied and any(getattr(m, "base_layer", None) in ends for m in adapted.modules()):
+        raise UserError(
+            "merge_lora: this model's head is its embedding matrix, and lora.target adapts one of their uses, which no "
+            "single matrix can hold; leave embedding and head out of lora.target, or keep the adapter"
+        )
+    return adapted
 
 
 def optimizer_of(scorer: Scorer, config: Config, on_gpu: bool) -> torch.optim.Optimizer:
@@ -275,17 +290,35 @@ def require(package: str, setting: str) -> None:
 
 
 def save(path: Path, policy: Any, weights: dict[str, Tensor], model: str, model_dir: Path, config: Config) -> None:
-    """The trained model in `path`, in the dtype it was run in, with the tokenizer's files; or the adapter."""
+    """The trained model in `path`, in the dtype it was run in, with the tokenizer's files; or the adapter.
+
+    `weights` are those of the policy, gathered. An adapter is merged into the model as it was loaded first.
+    """
     if config.lora and config.merge_lora:
-        policy, weights = policy.merge_and_unload(), {}
-    merged = not config.lora or config.merge_lora
+        policy, weights = _merged(policy, weights, model_dir, config)
     for adapter in getattr(policy, "peft_config", {}).values():  # so that the adapter finds its base from anywhere
         adapter.base_model_name_or_path = str(Path(model).resolve()) if Path(model).exists() else model
+    whole = not config.lora or config.merge_lora
+    if whole:
+        cast: dict[tuple[int, tuple[int, ...]], Tensor] = {}  # tied ones stay one
+        for name, value in weights.items():
+            key = (value.data_ptr(), tuple(value.shape))
+            weights[name] = cast.setdefault(key, value.to(DTYPES[config.dtype]))
     with rundir.written_whole(path) as temp:
-        if merged:
-            policy.config.dtype = DTYPES[config.dtype]
-            weights = {k: v.to(DTYPES[config.dtype]) for k, v in (weights or policy.state_dict()).items()}
         policy.save_pretrained(temp, state_dict=weights)
+        if whole:  # save_pretrained writes the dtype of the policy in memory
+            facts = json.loads((temp / "config.json").read_text("utf-8"))
+            (temp / "config.json").write_text(json.dumps({**facts, "dtype": config.dtype}, indent=2) + "\n", "utf-8")
         for file in model_dir.iterdir():
             if file.name in (*TOKENIZER_FILES, TEMPLATE_FILE) or file.suffix == ".tiktoken":
                 shutil.copyfile(file, temp / file.name)
+
+
+def _merged(policy: Any, weights: dict[str, Tensor], model_dir: Path, config: Config) -> tuple[Any, dict[str, Tensor]]:
+    """A fresh model with the adapter in it: the policy's own parameters may be sharded."""
+    import peft
+
+    fresh = load(model_dir, dataclasses.replace(config, compile=False, activation_checkpointing=False))
+    peft.set_peft_model_state_dict(fresh, peft.get_peft_model_state_dict(policy, state_dict=weights))
+    merged = fresh.merge_and_unload()
+    return merged, merged.state_dict()

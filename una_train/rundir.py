@@ -6,6 +6,7 @@ safetensors and JSON: no pickle.
 """
 
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import logging
@@ -16,7 +17,8 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,7 @@ def check(output: Path, overwrite: bool, resume: bool, inputs: Sequence[Path] = 
     for path in inputs:
         if output.resolve() in (path.resolve(), *path.resolve().parents):
             raise UsageError(f"--output {output}: holds {path}, which the run reads; name another directory")
-    if not output.exists() or not any(output.iterdir()):
+    if not output.exists() or all(_left_over(path) for path in output.iterdir()):
         return
     before = _run_of(output)
     if before is None and overwrite and (taken := [name for name in RUN_FILES if (output / name).exists()]):
@@ -79,6 +81,27 @@ def check(output: Path, overwrite: bool, resume: bool, inputs: Sequence[Path] = 
             f"{output}: holds an unfinished run ({len(_checkpoints(output))} checkpoints); "
             "continue it with --resume, or replace it with --overwrite"
         )
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """The run directory, made and kept to this run until it ends or is killed; removed again if nothing is in it."""
+    output.mkdir(parents=True, exist_ok=True)
+    handle = os.open(output, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"{output}: another run is writing here; wait for it, or name another directory") from None
+    finally:
+        os.close(handle)
+        with suppress(OSError):
+            output.rmdir()
+
+
+def _left_over(path: Path) -> bool:
+    """Whether it is what a run that was killed before or while writing left beside its files."""
+    return any(fnmatch(path.name, pattern) for pattern in (*LEFTOVERS, ".tokens-*"))
 
 
 def _run_of(output: Path) -> dict[str, Any] | None:
@@ -99,10 +122,10 @@ def last_loss(output: Path) -> float:
 
 def prepare(output: Path, config: Config, facts: dict[str, Any], checkpoint: Path | None) -> None:
     """Leave in the output what belongs to the checkpoint, or nothing of an earlier run."""
-    output.mkdir(parents=True, exist_ok=True)
+    write(output / "run.json", json.dumps(facts, indent=2) + "\n")  # first: from now on it is an unfinished run's
     remove = [path for pattern in LEFTOVERS for path in output.glob(pattern)]
     if checkpoint is None:
-        remove += _checkpoints(output) + [output / name for name in RUN_FILES]  # run.json last: still a run's till then
+        remove += _checkpoints(output) + [output / name for name in RUN_FILES if name != "run.json"]
     else:
         found = _checkpoints(output)
         damaged = found[found.index(checkpoint) + 1 :]
@@ -114,7 +137,6 @@ def prepare(output: Path, config: Config, facts: dict[str, Any], checkpoint: Pat
         else:
             path.unlink(missing_ok=True)
     write(output / "config.yaml", settings.dump(config))
-    write(output / "run.json", json.dumps(facts, indent=2) + "\n")
 
 
 def _trim(metrics: Path, step: int) -> None:

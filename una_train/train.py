@@ -16,12 +16,12 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -52,6 +52,8 @@ from una_train.offsets import FROM_REFERENCE
 
 log = logging.getLogger("una_train")
 
+T = TypeVar("T")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="DIR", help="published dataset with reference log-probs")
@@ -76,18 +78,19 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     if not accelerator.is_main_process:
         log.setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()  # there is one of our own
-    model_dir = _first(accelerator, lambda: local_model(args.model))  # one download
+    model_dir = _first(accelerator.is_main_process, accelerator, lambda: local_model(args.model))  # one download
+    facts = rundir.facts_of(args.model, args.dataset, config, model_dir)
+    checkpoint = rundir.newest_checkpoint(output) if args.resume else None
+    if args.resume:
+        rundir.check_same_run(output, facts)
+        if checkpoint is None:
+            log.warning("%s holds no checkpoint to continue from: starting at the first step", output)
     cache = _cache(accelerator, config, dataset, output)
     try:
-        splits = {split: _read(accelerator, config, dataset, split, cache) for split in ("train", "test")}
-        _check_dataset(dataset, manifest, splits, model_dir)
-        facts = rundir.facts_of(args.model, args.dataset, config, model_dir)
-        checkpoint = rundir.newest_checkpoint(output) if args.resume else None
-        if args.resume:
-            rundir.check_same_run(output, facts)
-            if checkpoint is None:
-                log.warning("%s holds no checkpoint to continue from: starting at the first step", output)
-        return train(accelerator, config, splits, model_dir, output, checkpoint, facts, manifest.reference or {})
+        with rundir.locked(output) if accelerator.is_main_process else nullcontext():
+            splits = {split: _read(accelerator, config, dataset, split, cache) for split in ("train", "test")}
+            _check_dataset(dataset, manifest, splits, model_dir)
+            return train(accelerator, config, splits, model_dir, output, checkpoint, facts, manifest.reference or {})
     except KeyboardInterrupt:
         last = rundir.newest_checkpoint(output)
         saved = f"{last.name} is intact; continue with --resume" if last else "there was no checkpoint yet"
@@ -149,9 +152,7 @@ def train(
     accelerator.wait_for_everyone()
 
     order = data.Order(train_split, config.batch_size, config.seed)
-    total = sum(order.steps(epoch) for epoch in range(config.epochs)) if config.max_steps is None else config.max_steps
-    if config.max_steps is not None and order.place(total)[0] >= config.epochs:
-        total = sum(order.steps(epoch) for epoch in range(config.epochs))
+    total = order.total(config.epochs, config.max_steps)
     facts |= {
         "steps": total,
         "processes": world,
@@ -195,8 +196,10 @@ def train(
                     batch = batch.to(device)
                     logps, values = model(batch)
                     outcome = objectives(logps, values, batch)
-                    # wrappers average gradients over the processes
-                    accelerator.backward(outcome.total() * (counts * world / step.groups))
+                    loss_of_micro = outcome.total() * (counts * world / step.groups)  # wrappers average over processes
+                    if values is not None:  # so that every process has a gradient for the learned offset, if of 0
+                        loss_of_micro = loss_of_micro + 0 * values.sum()
+                    accelerator.backward(loss_of_micro)
                 if counts:
                     outcomes.append(outcome)
         norm = _clip(model, config.max_grad_norm)
@@ -403,20 +406,23 @@ def _memory_advice(batches: list[Batch], config: Config) -> Iterator[None]:
 
 
 def _print_result(facts: dict[str, Any], loss: float, output: Path) -> None:
+    def shown(number: float | None, digits: int) -> str:
+        return "not finite" if number is None else f"{number:.{digits}f}"
+
     print(f"trained {facts['steps']} steps in {facts['seconds']:.1f} s; last training loss {loss:.4f}")
     test = facts["final"]["test"]
     for kind, found in (test["by_type"] if test else {}).items():
         right = "" if found["accuracy"] is None else f", accuracy {found['accuracy']:.3f}"
-        print(f"test {kind}: {found['count']} groups, loss {found['loss']:.4f}{right}")
+        print(f"test {kind}: {found['count']} groups, loss {shown(found['loss'], 4)}{right}")
     print(f"policy: {output / 'policy'}", flush=True)
 
 
 # --- before training ---------------------------------------------------------------------------
 
 
-def _first(accelerator: Accelerator, call: Any) -> Any:
-    """The result of a call that the main process makes before the others; all of them meet its `UserError`."""
-    if not accelerator.is_main_process:
+def _first(first: bool, accelerator: Accelerator, call: Callable[[], T]) -> T:
+    """The result of a call that some processes make before the others; all of them meet its `UserError`."""
+    if not first:
         accelerator.wait_for_everyone()
         return call()
     try:
@@ -446,7 +452,8 @@ def _read(accelerator: Accelerator, config: Config, dataset: Path, split: str, c
 
     if cache is None:
         return read(True)
-    return _first(accelerator, lambda: read(accelerator.is_local_main_process))
+    writes = accelerator.is_local_main_process
+    return _first(writes, accelerator, lambda: read(writes))
 
 
 def _settings(args: argparse.Namespace, output: Path) -> Config:
