@@ -105,7 +105,7 @@ def peak(where: Path, with_reference: bool) -> float:
     if with_reference:
         reference = policy.Scorer(policy.load(where, config)).eval().requires_grad_(False)
         policy.settle(reference, config, cpu)
-    optimizer, objectives = policy.optimizer_of(scorer, config, on_gpu=False), Objectives(config, split)
+    optimizer, objectives = policy.optimizer_of(scorer, config), Objectives(config, split)
     for _ in range(STEPS):
         batch = data.collate(split, split.bundles())
         if reference is not None:

@@ -265,7 +265,7 @@ def bare(world: str, budget: str, layout: str, compiled: str) -> dict[str, Any]:
     assert split is not None
     scorer = policy.Scorer(policy.load(Path(world), settings))
     policy.settle(scorer, settings, torch.device("cpu"))
-    optimizer, objectives = policy.optimizer_of(scorer, settings, False), objective.Objectives(settings, split)
+    optimizer, objectives = policy.optimizer_of(scorer, settings), objective.Objectives(settings, split)
     order, ends = in_file_order(data.Order(split, PAIRS, 0), 0)
     steps = [[split.bundle(i) for i in order[end - PAIRS : end]] for end in ends]
     batches = [

@@ -248,7 +248,7 @@ class Config:
     parity_tolerance: float | None = _setting(
         None,
         _optional(_number(0, above=True)),
-        "largest mean difference in nats per token; default 0.001, or 0.1 when bfloat16 is involved",
+        "largest mean difference in nats per token; default 0.001, 0.1 when bfloat16 or int8 is involved, 0.5 for nf4",
     )
 
 

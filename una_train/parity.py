@@ -30,9 +30,9 @@ def check(
     """Before the first step π_θ is π_ref: the log-probs of rows from all over the split must equal the stored ones.
 
     `model` takes a batch in `layout`, and every process checks the same rows. The tolerance is on the mean of |Δ| per
-    token, in nats: 1e-3 between
-    float32 runs, 0.1 where bfloat16 is involved, whose rounding alone gives about 0.01 to 0.05. Another tokenizer or
-    chat template does not change stored token ids, but would be saved with the policy: that is an error by itself.
+    token, in nats: 1e-3 between float32 runs; 0.1 where bfloat16, whose rounding alone gives about 0.01 to 0.05, or
+    int8 is involved; 0.5 for nf4, which only gross mistakes exceed. Another tokenizer or chat template does not change
+    stored token ids, but would be saved with the policy: that is an error by itself.
     """
     differing = differences(reference, here) if reference else []
     saved = [words for words in differing if words.startswith(("the tokenizer", "the chat template"))]
@@ -52,7 +52,10 @@ def check(
         total += (logps - batch.ref_logps).abs().sum().item()
         tokens += len(batch.targets)
     exact = {reference.get("dtype", "float32"), config.dtype} == {"float32"}
-    tolerance = config.parity_tolerance or (1e-3 if exact else 0.1)
+    if config.quantization != "none":
+        differing.append(f"the policy's weights, which are quantized ({config.quantization})")
+    usual = {"nf4": 0.5, "int8": 0.1, "none": 1e-3 if exact else 0.1}
+    tolerance = config.parity_tolerance or usual[config.quantization]
     mean = total / tokens
     if not mean <= tolerance:  # NaN too
         raise UserError(

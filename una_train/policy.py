@@ -196,6 +196,9 @@ def load(model_dir: Path, config: Config, checkpoint: Path | None = None) -> Any
     except Exception as error:  # what a damaged directory raises is anything: safetensors', pickle's, torch's errors
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         raise UserError(f"{source}: transformers cannot load this as a causal language model: {reason}") from None
+    for module in policy.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # else bitsandbytes packs weights in a way without gradients
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     if config.activation_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         if config.lora:
@@ -216,6 +219,7 @@ def _attention(model_dir: Path) -> dict[str, str]:
 def _quantized(config: Config) -> dict[str, Any]:
     if config.quantization == "none":
         return {}
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8: a warning for each layer's each call
     compute = DTYPES[config.dtype]
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     how = {**four, "bnb_4bit_compute_dtype": compute} if config.quantization == "nf4" else {"load_in_8bit": True}
@@ -255,7 +259,7 @@ def _with_lora(policy: Any, config: Config, checkpoint: Path | None) -> Any:
     return adapted
 
 
-def optimizer_of(scorer: Scorer, config: Config, on_gpu: bool) -> torch.optim.Optimizer:
+def optimizer_of(scorer: Scorer, config: Config) -> torch.optim.Optimizer:
     """AdamW over what is trained; weight decay on matrices only."""
     trained = [p for p in scorer.policy.parameters() if p.requires_grad]
     decayed, others = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
@@ -273,8 +277,6 @@ def optimizer_of(scorer: Scorer, config: Config, on_gpu: bool) -> torch.optim.Op
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=eps, fused=True)
     require("bitsandbytes", f"optimizer={config.optimizer}")
-    if not on_gpu:
-        raise UsageError(f"optimizer={config.optimizer} needs a GPU; on a CPU use optimizer=adamw")
     import bitsandbytes.optim as bnb
 
     kinds = {"adamw_8bit": bnb.AdamW8bit, "paged_adamw": bnb.PagedAdamW32bit, "paged_adamw_8bit": bnb.PagedAdamW8bit}

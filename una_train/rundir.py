@@ -238,6 +238,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
         f"{name}//{key}": value
         for name, parameter in _optimized(model)
         for key, value in optimizer.state.get(parameter, {}).items()
+        if not key.startswith("qmap")  # bitsandbytes' constants, one tensor for all parameters
     }
     return moments | {f"{name}//{VALUE}": p for name, p in model.named_parameters() if name.startswith("value.")}
 
@@ -250,11 +251,15 @@ def _optimized(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(model.named_parameters())
 
 
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+def load_optimizer(model: nn.Module, optimizer: Any, checkpoint: Path) -> None:
     """Put a checkpoint's state into an optimizer that has not stepped, sharded as the parameters are."""
     stored = {**load_file(checkpoint / "optimizer.safetensors"), **checkpoint_facts(checkpoint)["optimizer"]}
+    places = {p: (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])}
     for name, parameter in _optimized(model):
         of_parameter = {key.split("//")[1]: value for key, value in stored.items() if key.split("//")[0] == name}
+        if "state1" in of_parameter:  # bitsandbytes makes its own maps, and buffers that may be paged
+            group, place = places[parameter]
+            optimizer.init_state(optimizer.param_groups[group], parameter, group, place)
         for key, value in of_parameter.items():
             if isinstance(value, Tensor):
                 value = value.to(parameter.device)
@@ -262,6 +267,8 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoin
                     value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
             if key == VALUE:
                 parameter.data.copy_(value)
+            elif isinstance(optimizer.state[parameter].get(key), Tensor):
+                optimizer.state[parameter][key].copy_(value)
             else:
                 optimizer.state[parameter][key] = value
 
@@ -310,7 +317,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temp, ignore_errors=True)
-        reason = str(error).splitlines()[0]
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
             f"{path}: could not be written ({reason}); free disk space, then continue with --resume"
         ) from error

@@ -132,7 +132,7 @@ def train(
     # the policy, from the model or from the checkpoint
     set_seed(config.seed)
     scorer = policy.Scorer(policy.load(model_dir, config, checkpoint), objectives.learns)
-    optimizer = policy.optimizer_of(scorer, config, device.type == "cuda")
+    optimizer = policy.optimizer_of(scorer, config)
     model, optimizer = accelerator.prepare(scorer, optimizer)
     scorer = accelerator.unwrap_model(model)
     sharded = isinstance(model, FSDPModule)
@@ -495,6 +495,10 @@ def _accelerator(config: Config, output: Path) -> Accelerator:
         raise UsageError(f"{kind.value} is not supported; FSDP2 shards weights and optimizer too (docs/training.md)")
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UsageError("FSDP version 1 is not supported; set fsdp_version: 2 in accelerate's configuration")
+    if kind == DistributedType.FSDP and config.optimizer != "adamw":
+        raise UsageError(f"optimizer={config.optimizer} does not step weights that FSDP shards; use optimizer=adamw")
+    if kind == DistributedType.FSDP and config.quantization == "int8":
+        raise UsageError("quantization=int8 does not go with FSDP; use quantization=nf4, or DDP")
     return accelerator
 
 
