@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 # Logits computed at once. On a CPU 24 MB of them, which glibc's allocator keeps for the next chunk.
 CHUNK = {"cpu": 6 << 20, "cuda": 1 << 26}
@@ -33,8 +34,11 @@ def linear_logps(
 ) -> Float32[Tensor, " N"]:
     """log softmax(z)[target] of every position in nats, z = scale·(W·h + b), then c·tanh(z/c) where `softcap` is c.
 
-    Matrix products run in autocast's dtype, all else and the sums of gradients in float32.
+    Matrix products run in autocast's dtype, all else and the sums of gradients in float32. A head of which each process
+    holds a part of the vocabulary raises `NotImplementedError`; one that FSDP has gathered is whole.
     """
+    if isinstance(head.weight, DTensor):  # a part of the vocabulary has another softmax
+        raise NotImplementedError("a head that is sharded over the vocabulary has no chunked log-probs")
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     few = softcap is None and targets.numel() * len(head.weight) <= KEPT.get(device, 0)
