@@ -34,6 +34,7 @@ import transformers
 import trl
 import trl.trainer.utils
 from datasets import Dataset, disable_progress_bars
+from train import peak_rss_mb
 
 torch.set_num_threads(1)
 torch.set_num_interop_threads(1)
@@ -215,12 +216,6 @@ class Clock(transformers.TrainerCallback):
 
 def differences(stamps: list[float]) -> list[float]:
     return [after - before for before, after in itertools.pairwise(stamps)]
-
-
-def peak_rss_mb() -> float:
-    """Of this process alone: `ru_maxrss` starts at what its parent had."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
 if __name__ == "__main__":

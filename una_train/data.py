@@ -3,7 +3,7 @@
 A group is what one loss is computed on: the two rows of a comparison, or one other row. A bundle is groups of one
 prompt, which stay in one step and share the prompt's tokens. Which bundles make up a step depends on the seed and the
 step alone, so a run continues by counting. Token ids and reference log-probs lie end to end in flat arrays, in memory
-or, for datasets larger than it, in mapped files; the index over them is about 60 bytes a row.
+or, for datasets larger than it, in mapped files; the index over them is about 90 bytes a row.
 
 Shapes: R rows, G groups of a split; B rows, N response tokens, T packed tokens of a micro-batch.
 """
@@ -33,7 +33,7 @@ from una_train.packing import PROMPT, Layout
 Group = tuple[int, ...]  # row numbers: two of a comparison, or one
 Bundle = tuple[Group, ...]  # groups of one prompt
 
-TYPES = ("pairwise", "binary", "scalar", "demonstration")
+TYPES = tuple(kind for kind in feedback.TYPES if kind != "unlabelled")
 INDEX = ["type", "source", "prompt_id", "comparison_id", "reward"]
 TOKENS = {"prompt_ids": np.int32, "response_ids": np.int32, "ref_logps": np.float32}
 
@@ -65,9 +65,9 @@ class Split:
     bundle_starts: np.ndarray  # int64, where each bundle's groups begin, and G
     ref_rewards: Flat | None = None  # float64, rewards in [0, 1] of reference samples for each row's prompt
 
-    @property
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of prompt and response of each row [R]."""
+        """Tokens of prompt and response of each row [R]; every step asks for some."""
         return self.prompts.lengths + self.responses.lengths
 
     def type_of(self, group: Group) -> str:

@@ -83,7 +83,8 @@ class Objectives:
                 if kind not in self.types and config.offset.get(kind) in offsets.RUNNING:
                     space, mean = OBJECTIVES[config.loss[kind]].space, float(split.rewards[rows].mean())
                     self.running[kind] = offsets.Running(config.offset[kind], space, mean, config.offset_decay)
-                self.types = [*self.types, kind] if kind not in self.types else self.types
+                if kind not in self.types:
+                    self.types.append(kind)
 
     @property
     def learns(self) -> bool:

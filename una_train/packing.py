@@ -12,6 +12,7 @@ rows are packed together (`data`), and which models this fits (`policy` tries it
 Shapes: T tokens of a packed sequence, H heads, D numbers per head.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -212,18 +213,14 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout: float,
     return out[:, :, :length]
 
 
-_compiled: dict[bool, Any] = {}
-
-
+@functools.cache
 def _flex_attention(on_gpu: bool) -> Any:
     """FlexAttention, compiled once where it is fast only so."""
-    if on_gpu not in _compiled:
-        from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-        # one compilation for each rule, soft-cap and mode of grad; past the limit it would run without a kernel
-        compiled: Any = torch.compile  # whose stub does not know the limit
-        _compiled[on_gpu] = compiled(flex_attention, recompile_limit=64) if on_gpu else flex_attention
-    return _compiled[on_gpu]
+    compiled: Any = torch.compile  # whose stub does not know the limit
+    # one compilation for each rule, soft-cap and mode of grad; past the limit it would run without a kernel
+    return compiled(flex_attention, recompile_limit=64) if on_gpu else flex_attention
 
 
 # --- the way through a model -------------------------------------------------------------------

@@ -130,7 +130,7 @@ def prepare(output: Path, config: Config, facts: dict[str, Any], checkpoint: Pat
         found = _checkpoints(output)
         damaged = found[found.index(checkpoint) + 1 :]
         remove += [output / "policy", output / "predictions.parquet", *damaged]
-        _trim(output / "metrics.jsonl", json.loads((checkpoint / "checkpoint.json").read_text())["step"])
+        _trim(output / "metrics.jsonl", checkpoint_facts(checkpoint)["step"])
     for path in remove:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -406,14 +406,14 @@ def _memory_advice(batches: list[Batch], config: Config) -> Iterator[None]:
 
 
 def _print_result(facts: dict[str, Any], loss: float, output: Path) -> None:
-    def shown(number: float | None, digits: int) -> str:
-        return "not finite" if number is None else f"{number:.{digits}f}"
+    def shown(number: float | None) -> str:
+        return "not finite" if number is None else f"{number:.4f}"
 
     print(f"trained {facts['steps']} steps in {facts['seconds']:.1f} s; last training loss {loss:.4f}")
     test = facts["final"]["test"]
     for kind, found in (test["by_type"] if test else {}).items():
         right = "" if found["accuracy"] is None else f", accuracy {found['accuracy']:.3f}"
-        print(f"test {kind}: {found['count']} groups, loss {shown(found['loss'], 4)}{right}")
+        print(f"test {kind}: {found['count']} groups, loss {shown(found['loss'])}{right}")
     print(f"policy: {output / 'policy'}", flush=True)
 
 
