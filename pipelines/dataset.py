@@ -95,6 +95,7 @@ def result(index: list[int], *, split: str = "train") -> Result:
         "touched": Counter(),
         "data": None,
         "rejects": None,
+        "waiting": None,
         "pieces": [],
         "spreads": {},
         "agreement": {},

@@ -8,10 +8,10 @@ import argparse
 import dataclasses
 import json
 import logging
+import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,9 @@ from schemas.manifest import NAME, Manifest
 
 log = logging.getLogger(__name__)
 BATCH_ROWS = 2_000
-SHARD_BYTES = 16 << 20  # of input whose rows are settled at a time
+SHARD_BYTES = 128 << 20  # of input whose labels are settled at a time
 MOST_SHARDS = 256
+Place = tuple[str, int]  # a file of verdicts, and the batch in it that is about one range
 
 
 # --- one range -----------------------------------------------------------------------------------
@@ -45,17 +46,18 @@ def convert_range(
     policy: Policy,
     stage: str,
     facts: dict[str, Any],
-    shards: int = 0,
     how: Settling | None = None,
+    shards: int = 0,
+    seed: int = 0,
 ) -> dataset.Result:
     """Convert a range into part files under `stage` and report what became of every record.
 
-    With `shards`, rows go to a piece for each shard, by their prompt, to be settled there.
+    Rows that are to be settled are put by, and their labels go to a piece for each shard, by their prompt.
     """
     index, of, source = work
-    name = "-".join(f"{i:06d}" for i in index)
     report = dataset.result(index)
-    out = _Output(source, policy, report, f"{stage}/parts/{name}", facts, shards, how or Settling())
+    path = f"{stage}/parts/{_name(index)}"
+    out = _Output(source, policy, report, path, facts, how or Settling(), shards, seed)
     counting = touched.set(report["touched"])
     try:
         for found in understand.records(of, source):
@@ -67,12 +69,17 @@ def convert_range(
     finally:
         touched.reset(counting)
     report["spreads"] = settle.together(out.spreads)
-    report["data"], report["pieces"] = out.whole.close(), out.pieces.close() if out.pieces else []
+    report["data" if isinstance(out.rows_to, io.PartWriter) else "waiting"] = out.rows_to.close()
+    report["pieces"] = out.labels_to.close() if out.labels_to else []
     report["rejects"] = out.rejects.close()
     lost = report["inputs"] - report["accepted"] - sum(report["rejected"].values())
     assert lost == 0, f"{of.path}: {lost} records are neither accepted nor rejected"
     log.info("%s: %d records, %d rejected", of.path, report["inputs"], sum(report["rejected"].values()))
     return report
+
+
+def _name(index: list[int]) -> str:
+    return "-".join(f"{i:06d}" for i in index)
 
 
 class _Output:
@@ -85,15 +92,19 @@ class _Output:
         report: dataset.Result,
         path: str,
         facts: dict[str, Any],
-        shards: int,
         how: Settling,
+        shards: int,
+        seed: int,
     ):
         self.source, self.policy, self.report = source, policy, report
-        plan = Plan((("train", 1.0),), (shards,)) if shards else None
-        self.pieces = Pieces(path, plan, FEEDBACK) if plan else None
-        self.whole = io.PartWriter(f"{path}.data.parquet", FEEDBACK, facts)
+        self.rows_to: io.PartWriter | io.ScratchWriter = io.PartWriter(f"{path}.data.parquet", FEEDBACK, facts)
+        if how.needed:
+            self.rows_to = io.ScratchWriter(f"{path}.waiting.arrow", FEEDBACK)
+        plan = Plan((("train", 1.0),), (shards,)) if how.groups else None
+        self.labels_to = Pieces(path, plan, settle.LABELS) if plan else None
         self.rejects = io.PartWriter(f"{path}.rejected.parquet", REJECTED)
-        self.how, self.spreads = how, list[dict[str, settle.Spread]]()
+        self.how, self.seed, self.put = how, seed, 0
+        self.spreads: list[dict[str, settle.Spread]] = []
         self.rows: list[Row] = []
         self.refused: list[dict[str, Any]] = []
 
@@ -146,11 +157,18 @@ class _Output:
         if not rows.num_rows:
             return
         check(rows)
-        (self.pieces or self.whole).write(rows)
-        counts = pc.value_counts(rows["type"]).to_pylist()
-        self.report["rows"].update({one["values"]: one["counts"] for one in counts})
+        self.rows_to.write(rows)
+        if self.labels_to:
+            self.labels_to.write(settle.labels(rows, self.put, self.seed))
         if self.how.scale != "range":
             self.spreads.append(settle.spreads(rows))
+        if not self.how.needed:
+            self.report["rows"].update(_types(rows))
+        self.put += rows.num_rows
+
+
+def _types(rows: pa.Table) -> dict[str, int]:
+    return {one["values"]: one["counts"] for one in pc.value_counts(rows["type"]).to_pylist()}
 
 
 def _refused(raw: readers.Raw, source: Source, reason: str, detail: str, part: str | None = None) -> dict[str, Any]:
@@ -165,41 +183,72 @@ def _refused(raw: readers.Raw, source: Source, reason: str, detail: str, part: s
     }
 
 
-# --- one shard ----------------------------------------------------------------------------------
+# --- settling -----------------------------------------------------------------------------------
 
 
-def settle_shard(
-    item: tuple[int, Iterable[tuple[list[int], str]]],
+def judge_shard(
+    item: tuple[int, Iterable[tuple[list[int], str]]], scales: dict[str, dict[str, Any]], *, how: Settling, stage: str
+) -> dict[str, Any]:
+    """Decide on the labels of some prompts, in the order of the input; where the verdicts on each range are."""
+    number, pieces = item
+    names, tables = zip(*((_name(index), io.read_scratch(path)) for index, path in sorted(pieces)), strict=True)
+    labels = pa.concat_tables(tables)
+    verdicts, touched, agreement = settle.judge(labels, how, scales)
+    of_range = np.repeat(np.arange(len(names)), [t.num_rows for t in tables])[verdicts["at"].to_numpy()]
+    verdicts = verdicts.set_column(0, "at", labels["row"].take(verdicts["at"]))
+    out = io.ScratchWriter(f"{stage}/parts/settled-{number:06d}.verdicts.arrow", settle.VERDICTS)
+    places: dict[str, Place] = {}
+    for i in np.unique(of_range).tolist():
+        places[names[i]] = out.path, len(places)
+        out.write(verdicts.filter(pa.array(of_range == i)))
+    out.close()
+    return {"places": places, "touched": touched, "agreement": agreement}
+
+
+def settle_range(
+    item: tuple[str, dict[str, Iterable[Any]]],
     scales: dict[str, dict[str, Any]],
     *,
     how: Settling,
     stage: str,
     facts: dict[str, Any],
 ) -> dataset.Result:
-    """Settle the rows of a shard, in the order of the input, write one part file and report."""
-    number, pieces = item
-    read = [io.open_parquet(path).read() for _, path in sorted(pieces)]
-    before = pa.concat_tables(read).cast(FEEDBACK).replace_schema_metadata(None).combine_chunks()
-    del read
-    rows, left_out, policies, agreement = settle.shard(before, how, scales)
-    report = dataset.result([number])
-    report["touched"], report["agreement"] = policies, agreement
-    check(rows)
-    data = io.PartWriter(f"{stage}/parts/settled-{number:06d}.data.parquet", FEEDBACK, facts)
-    cuts = [*settle.starts(rows)[::BATCH_ROWS].tolist(), rows.num_rows]  # none inside a comparison
-    for start, stop in pairwise(cuts):
-        data.write(rows.slice(start, stop - start))
-    rejects = io.PartWriter(f"{stage}/parts/settled-{number:06d}.rejected.parquet", REJECTED)
-    refused = [_unsettled(one["row"], one["reason"], one["detail"]) for one in left_out]
-    if refused:
-        rejects.write(pa.Table.from_pylist(refused, schema=REJECTED))
-    report["rows"].update(Counter(rows["type"].to_pylist()))
-    report["rejected_parts"].update(Counter(one["reason"] for one in refused))
-    report["data"], report["rejects"] = data.close(), rejects.close()
-    merged = sum(n for name, n in policies.items() if name != "scale")
-    lost = before.num_rows - rows.num_rows - merged - len(refused)
-    assert lost == 0, f"{lost} of {before.num_rows} rows are neither kept, merged nor left out"
+    """Do what was decided to the rows of a range that wait for it, write part files and report."""
+    name, found = item
+    (path,) = found["waiting"]
+    report = dataset.result([*map(int, name.split("-")), 0])
+    data = io.PartWriter(f"{stage}/parts/{name}-settled.data.parquet", FEEDBACK, facts)
+    rejects = io.PartWriter(f"{stage}/parts/{name}-settled.rejected.parquet", REJECTED)
+    verdicts = _verdicts(sorted(found["verdicts"]))
+    numbers = verdicts["at"].to_numpy()
+    read = merged = 0
+    with io.open_scratch(path) as file:
+        for batch in map(file.get_batch, range(file.num_record_batches)):
+            first, last = np.searchsorted(numbers, [read, read + batch.num_rows])
+            mine = verdicts.slice(first, last - first)
+            mine = mine.set_column(0, "at", pa.array(numbers[first:last] - read))
+            rows, left_out, scaled = settle.apply(pa.Table.from_batches([batch], FEEDBACK), mine, how, scales)
+            read, merged = read + batch.num_rows, merged + batch.num_rows - rows.num_rows - len(left_out)
+            if rows.num_rows:
+                check(rows)
+                data.write(rows)
+            if left_out:
+                refused = [_unsettled(**one) for one in left_out]
+                rejects.write(pa.Table.from_pylist(refused, schema=REJECTED))
+            report["rows"].update(_types(rows))
+            report["rejected_parts"].update(one["reason"] for one in left_out)
+            report["touched"]["scale"] += scaled
+    report["data"], report["rejects"], report["merged"] = data.close(), rejects.close(), merged
     return report
+
+
+def _verdicts(places: list[Place]) -> pa.Table:
+    """The verdicts on one range, in the order of its rows."""
+    found = []
+    for path, batch in places:
+        with io.open_scratch(path) as file:
+            found.append(pa.Table.from_batches([file.get_batch(batch)]))
+    return pa.concat_tables([settle.VERDICTS.empty_table(), *found]).sort_by("at").combine_chunks()
 
 
 def _unsettled(row: dict[str, Any], reason: str, detail: str) -> dict[str, Any]:
@@ -221,17 +270,18 @@ def build(
     how: Settling | None = None,
     calibration: dict[str, Any] | None = None,
 ):
-    """Files → ranges → part files (→ shards, where labels are settled) → one commit.
+    """Files → ranges → part files → one commit. Only addresses, counts and statistics pass between workers.
 
-    Only addresses, counts and statistics pass between workers.
+    Where labels are settled, rows wait in their range's file, labels go to shards by prompt, and verdicts come back.
     """
     import apache_beam as beam
 
     from pipelines.beam import count, once
 
     how = how or Settling()
-    shards = _shards(sources) if how.needed else 0
     facts = {"stage": "ingest", "policies": policies}
+    shards, seed = _shards(sources), secrets.randbits(64)
+    converting = partial(convert_range, policy=policy, stage=stage, facts=facts, how=how, shards=shards, seed=seed)
     surveyed = (
         pipeline
         | "files" >> beam.Create(list(enumerate(sources)))
@@ -241,24 +291,32 @@ def build(
         surveyed
         | "ranges" >> beam.FlatMap(lambda s: s["ranges"])
         | "spread" >> beam.Reshuffle()
-        | "convert" >> beam.Map(partial(convert_range, policy=policy, stage=stage, facts=facts, shards=shards, how=how))
+        | "convert" >> beam.Map(converting)
         | "count" >> beam.Map(count)
     )
     gathered = [surveyed, converted]
-    if shards:
+    if how.needed:
         parts = converted | "spreads" >> beam.Map(lambda r: (r["index"], r["spreads"]))
         scales = (
             pipeline
             | "scales" >> beam.Create([(how.scale, calibration)])
             | "statistics" >> beam.Map(_statistics, beam.pvalue.AsList(parts))
         )
-        settled = (
+        of = beam.pvalue.AsSingleton(scales)
+        judged = (
             converted
             | "pieces" >> beam.FlatMap(_pieces).with_output_types(tuple[int, tuple[list[int], str]])
             | "gather" >> beam.GroupByKey()
-            | "settle" >> beam.Map(settle_shard, beam.pvalue.AsSingleton(scales), how=how, stage=stage, facts=facts)
+            | "judge" >> beam.Map(judge_shard, of, how=how, stage=stage).with_output_types(dict)
         )
-        gathered += [settled, scales]
+        waiting = converted | "waiting" >> beam.FlatMap(_waiting).with_output_types(tuple[str, str])
+        verdicts = judged | "verdicts" >> beam.FlatMap(_places).with_output_types(tuple[str, Place])
+        settled = (
+            {"waiting": waiting, "verdicts": verdicts}
+            | "bring together" >> beam.CoGroupByKey()
+            | "settle" >> beam.Map(settle_range, of, how=how, stage=stage, facts=facts)
+        )
+        gathered += [judged, settled, scales]
     return once(pipeline, _commit, *gathered, policies=policies, stage=stage, output=output)
 
 
@@ -269,6 +327,15 @@ def _shards(sources: list[Source]) -> int:
 def _pieces(report: dataset.Result) -> Iterator[tuple[int, tuple[list[int], str]]]:
     for shard, path in report["pieces"]:
         yield shard, (report["index"], path)
+
+
+def _waiting(report: dataset.Result) -> Iterator[tuple[str, str]]:
+    if report["waiting"]:
+        yield _name(report["index"]), report["waiting"]
+
+
+def _places(judged: dict[str, Any]) -> Iterator[tuple[str, Place]]:
+    yield from judged["places"].items()
 
 
 def _statistics(
@@ -296,6 +363,7 @@ def _survey(item: tuple[int, Source]) -> dict[str, Any]:
 def _commit(
     surveyed: list[dict[str, Any]],
     results: list[dataset.Result],
+    judged: list[dict[str, Any]] | None = None,
     settled: list[dataset.Result] | None = None,
     scales: list[dict[str, Any]] | None = None,
     *,
@@ -311,13 +379,12 @@ def _commit(
         records[r["index"][0]] += r["inputs"]
     sources = [{**s["facts"], "records": records[s["file"]]} for s in surveyed]
     manifest = Manifest(stage="ingest", inputs=0, accepted=0, sources=sources, policies=policies)
-    if settled is not None:
-        results = [{**r, "rows": Counter()} for r in results] + settled  # the rows are those of the shards
-        in_order = sorted(settled, key=lambda r: r["index"])
-        manifest.statistics = {
-            "scale": (scales or [{}])[0],
-            "agreement": settle.agreement(r["agreement"] for r in in_order),
-        }
+    if judged is not None and settled is not None and scales is not None:
+        decided = {**dataset.result([]), "touched": sum((j["touched"] for j in judged), Counter())}
+        merged = sum(r["merged"] for r in settled)
+        assert merged == decided["touched"].total(), f"{merged} rows were merged into others, and not as decided"
+        results = [*results, *settled, decided]
+        manifest.statistics = {"scale": scales[0], "agreement": settle.agreement(j["agreement"] for j in judged)}
     dataset.commit(results, manifest, stage, output)
 
 

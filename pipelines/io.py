@@ -16,6 +16,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -248,19 +249,14 @@ class PartWriter:
     """Writes Arrow tables to one zstd parquet file, a row group each time enough text has gathered.
 
     A `write` is never split over two row groups, so what must stay together goes in one call. Without rows
-    there is no file. With `scratch` the file is for this run only: packed fast, and not hashed.
+    there is no file.
     """
 
     def __init__(
-        self,
-        path: str,
-        schema: pa.Schema,
-        facts: dict[str, Any] | None = None,
-        group_bytes: int = GROUP_BYTES,
-        scratch: bool = False,
+        self, path: str, schema: pa.Schema, facts: dict[str, Any] | None = None, group_bytes: int = GROUP_BYTES
     ):
         metadata = {**(schema.metadata or {}), "una": json.dumps(facts or {}, sort_keys=True)}
-        self.path, self.schema, self._scratch = path, schema.with_metadata(metadata), scratch
+        self.path, self.schema = path, schema.with_metadata(metadata)
         self.rows, self._bytes, self._group_bytes = 0, 0, group_bytes
         self._pending: list[pa.Table] = []
         self._file: Any = None
@@ -277,8 +273,7 @@ class PartWriter:
         if self._writer is None:
             self._file = create(self.path)
             repeated = [c for c in ("type", "source", "labeller", "reason", "source_file") if c in self.schema.names]
-            packing = "lz4" if self._scratch else "zstd"
-            self._writer = pq.ParquetWriter(self._file, self.schema, compression=packing, use_dictionary=repeated)
+            self._writer = pq.ParquetWriter(self._file, self.schema, compression="zstd", use_dictionary=repeated)
         table = pa.concat_tables(self._pending).replace_schema_metadata(self.schema.metadata)
         self._writer.write_table(table, row_group_size=max(1, table.num_rows))
         self._pending, self._bytes = [], 0
@@ -291,12 +286,57 @@ class PartWriter:
             return None
         self._writer.close()
         self._file.close()
-        facts = {"path": self.path, "rows": self.rows}
-        return facts if self._scratch else {**facts, **_size_and_hash(self.path)}
+        return {"path": self.path, "rows": self.rows, "bytes": size(self.path), "sha256": sha256(self.path)}
 
 
-def _size_and_hash(path: str) -> dict[str, Any]:
-    return {"bytes": size(path), "sha256": sha256(path)}
+class ScratchWriter:
+    """Writes Arrow tables to one IPC file that lives for this run only, a batch each time enough bytes have gathered.
+
+    It is not packed where it can be mapped into memory. Without rows there is no file.
+    """
+
+    def __init__(self, path: str, schema: pa.Schema, batch_bytes: int = 0):
+        self.path, self.schema = path, schema
+        self._pending: list[pa.Table] = []
+        self._bytes, self._batch_bytes = 0, batch_bytes
+        self._file: Any = None
+        self._writer: pa.RecordBatchFileWriter | None = None
+
+    def write(self, table: pa.Table) -> None:
+        self._pending.append(table)
+        self._bytes += table.nbytes
+        if self._bytes >= self._batch_bytes:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._writer is None:
+            self._file = create(self.path)
+            options = pa.ipc.IpcWriteOptions(compression="lz4" if is_remote(self.path) else None)
+            self._writer = pa.ipc.new_file(self._file, self.schema, options=options)
+        self._writer.write_table(pa.concat_tables(self._pending).combine_chunks())
+        self._pending, self._bytes = [], 0
+
+    def close(self) -> str | None:
+        """Finish the file; its path, or None when nothing was written."""
+        if self._pending:
+            self._flush()
+        if self._writer is None:
+            return None
+        self._writer.close()
+        self._file.close()
+        return self.path
+
+
+@contextmanager
+def open_scratch(path: str) -> Iterator[pa.RecordBatchFileReader]:
+    """What a `ScratchWriter` wrote, by batch."""
+    with open_raw(path) if is_remote(path) else pa.memory_map(path) as file:
+        yield pa.ipc.open_file(file)
+
+
+def read_scratch(path: str) -> pa.Table:
+    with open_scratch(path) as file:
+        return file.read_all()
 
 
 def sha256(path: str) -> str:

@@ -21,19 +21,26 @@ class Plan:
 
     def assign(self, prompt_ids: pa.ChunkedArray) -> np.ndarray:
         """The shard of every row, numbered over all splits: the id's first 64 bits say where it falls in [0, 1)."""
-        # one prompt is often hundreds of rows, so only distinct ids are turned into numbers
-        encoded = prompt_ids.combine_chunks().dictionary_encode()
-        point = np.array([int(i[:16], 16) / 2**64 for i in encoded.dictionary.to_pylist()])
+        high, low = _numbers(prompt_ids).T
         bounds = np.cumsum([share for _, share in self.splits])
-        split = np.minimum(np.searchsorted(bounds, point, side="right"), len(self.splits) - 1)
-        within = np.array([int(i[16:], 16) for i in encoded.dictionary.to_pylist()], dtype=np.uint64)
+        split = np.minimum(np.searchsorted(bounds, high / 2.0**64, side="right"), len(self.splits) - 1)
         count = np.array(self.shards, dtype=np.uint64)[split]
-        shard = np.concatenate([[0], np.cumsum(self.shards)])[split] + (within % count).astype(np.int64)
-        return shard[encoded.indices.to_numpy()]
+        return np.concatenate([[0], np.cumsum(self.shards)])[split] + (low % count).astype(np.int64)
 
     def name(self, shard: int) -> Shard:
         split = int(np.searchsorted(np.cumsum(self.shards), shard, side="right"))
         return self.splits[split][0], shard - sum(self.shards[:split])
+
+
+_VALUES = np.zeros(256, np.uint8)
+_VALUES[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
+
+
+def _numbers(ids: pa.ChunkedArray) -> np.ndarray:
+    """Ids of 32 hex digits as two 64-bit numbers [n, 2]."""
+    text = np.frombuffer(b"".join(ids.cast(pa.binary()).to_pylist()), np.uint8)
+    digits = _VALUES[text].reshape(-1, 2)
+    return (digits[:, 0] << 4 | digits[:, 1]).reshape(-1, 16).view(">u8").astype(np.uint64)
 
 
 class Pieces:
@@ -41,7 +48,7 @@ class Pieces:
 
     def __init__(self, path: str, plan: Plan, schema: pa.Schema):
         self.path, self.plan, self.schema = path, plan, schema
-        self._pieces: dict[int, io.PartWriter] = {}
+        self._pieces: dict[int, io.ScratchWriter] = {}
 
     def write(self, rows: pa.Table) -> None:
         shard = self.plan.assign(rows["prompt_id"])
@@ -49,8 +56,8 @@ class Pieces:
         numbers, firsts = np.unique(np.sort(shard), return_index=True)
         for s, (start, stop) in zip(numbers.tolist(), pairwise([*firsts.tolist(), len(shard)]), strict=True):
             if s not in self._pieces:
-                path, small = f"{self.path}-{s:06d}.piece.parquet", PIECES_BYTES // sum(self.plan.shards)
-                self._pieces[s] = io.PartWriter(path, self.schema, group_bytes=small, scratch=True)
+                path, small = f"{self.path}-{s:06d}.piece.arrow", PIECES_BYTES // sum(self.plan.shards)
+                self._pieces[s] = io.ScratchWriter(path, self.schema, small)
             self._pieces[s].write(rows.slice(start, stop - start))
 
     def close(self) -> list[tuple[int, str]]:

@@ -59,7 +59,7 @@ def assemble(
     """Read a shard's pieces, drop exact duplicates, sort by prompt, write one file and report."""
     number, pieces = item
     split, within = of.name(number)
-    read = [io.open_parquet(path).read() for _, path in sorted(pieces)]
+    read = [io.read_scratch(path) for _, path in sorted(pieces)]
     rows = pa.concat_tables(read).cast(schema).replace_schema_metadata(None)
     report = dataset.result([within], split=split)
     report["inputs"] = rows.num_rows

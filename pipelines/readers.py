@@ -19,7 +19,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import dropwhile, zip_longest
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -46,6 +46,7 @@ KINDS = {
 RANGE_BYTES = 32 << 20  # a JSONL file is read in ranges of about this size
 CHUNK_BYTES = 1 << 18  # read at a time: lines that are still in the cache are parsed faster
 TEXTS_BYTES = 4 << 20  # and where records are read by column
+_OPEN, _CLOSE = b"{}"
 TEXTS_LINES = 16  # fewer are quicker read one by one
 RECORD_BYTES = 256 << 20  # a longer record is rejected with its first `HEAD_BYTES`
 HEAD_BYTES = 1 << 20
@@ -243,27 +244,42 @@ def _lines(of: Range, names: Sequence[str] = ()) -> Iterator[Any]:
     """One record a line, or `Texts`. Only a newline ends a line: U+2028 and its like stand within strings."""
     with io.open_bytes(of.path) as file:
         position = of.first
-        for size, lines in _split(_chunks(file, of.start, of.stop, TEXTS_BYTES if names else CHUNK_BYTES)):
+        for size, block in _blocks(_chunks(file, of.start, of.stop, TEXTS_BYTES if names else CHUNK_BYTES)):
+            lines = _Lines(block, position)
             if size:
-                yield Raw(position, lines[0], _too_long(size))
+                yield Raw(position, block, _too_long(size))
                 position += 1
-                continue
-            if names and (columns := _columns(lines, names)):
-                yield Texts(columns, partial(_line, lines, position))
+            elif names and (found := _columns(block, names)):
+                yield Texts(found, lines.record)
+                position += len(found[0])
             else:
-                yield from _records(lines, position)
-            position += len(lines)
+                yield from lines.records()
+                position += len(lines.texts)
 
 
-def _records(lines: list[bytes], position: int) -> Iterator[Raw]:
-    loads = orjson.loads
-    for at, line in enumerate(lines, position):
-        if text := line.rstrip(b"\r"):
-            try:
-                yield Raw(at, text, loads(text))
-            except orjson.JSONDecodeError:
-                if text.strip():
-                    yield Raw(at, text, parse(text))
+class _Lines:
+    """A block of whole lines; it is taken apart when that is needed."""
+
+    def __init__(self, block: bytes, first: int):
+        self.block, self.first = block, first
+
+    @cached_property
+    def texts(self) -> list[bytes]:
+        return self.block.split(b"\n")
+
+    def record(self, i: int) -> Raw:
+        text = self.texts[i].rstrip(b"\r")
+        return Raw(self.first + i, text, parse(text))
+
+    def records(self) -> Iterator[Raw]:
+        loads = orjson.loads
+        for at, line in enumerate(self.texts, self.first):
+            if text := line.rstrip(b"\r"):
+                try:
+                    yield Raw(at, text, loads(text))
+                except orjson.JSONDecodeError:
+                    if text.strip():
+                        yield Raw(at, text, parse(text))
 
 
 # --- columns of texts ----------------------------------------------------------------------------
@@ -288,31 +304,38 @@ def texts(of: Range, names: Sequence[str]) -> Iterator[Raw | Texts]:
         raise io.unreadable(of.path, error) from None
 
 
-def _line(lines: list[bytes], position: int, i: int) -> Raw:
-    text = lines[i].rstrip(b"\r")
-    return Raw(position + i, text, parse(text))
-
-
-def _columns(lines: list[bytes], names: Sequence[str]) -> list[pa.Array] | None:
+def _columns(block: bytes, names: Sequence[str]) -> list[pa.Array] | None:
     """The columns of lines that each hold one object with texts under `names` and nothing else; None for others.
 
     The parser would also take two objects on a line, or one on two lines. Where every line begins and ends as an object
     does, and there are as many objects as lines, there is one on each: an object of texts has no brace inside.
     """
-    if len(lines) < TEXTS_LINES or not all(x[:1] == b"{" and x.endswith((b"}", b"}\r")) for x in lines):
+    lines = _objects(block)
+    if lines < TEXTS_LINES:
         return None
-    data = b"\n".join(lines)
     schema = pa.schema([(name, pa.string()) for name in names])
-    reading = pa_json.ReadOptions(use_threads=False, block_size=len(data) + 1)
+    reading = pa_json.ReadOptions(use_threads=False, block_size=len(block) + 1)
     parsing = pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error")
     try:
-        table = pa_json.read_json(pa.BufferReader(data), read_options=reading, parse_options=parsing)
+        table = pa_json.read_json(pa.BufferReader(block), read_options=reading, parse_options=parsing)
         table.validate(full=True)  # that text is UTF-8
     except pa.ArrowInvalid:
         return None
-    if table.num_rows != len(lines) or table.schema.names != list(names):
+    if table.num_rows != lines or table.schema.names != list(names):
         return None
     return [column.combine_chunks() for column in table.columns]
+
+
+def _objects(block: bytes) -> int:
+    """The number of lines, where each begins and ends as an object does; else 0."""
+    if block[:1] != b"{" or not block.endswith((b"}", b"}\r")):
+        return 0
+    lines, at = 1, block.find(b"\n")
+    while at >= 0:
+        if block[at + 1] != _OPEN or (block[at - 1] != _CLOSE and block[at - 2 : at] != b"}\r"):
+            return 0
+        lines, at = lines + 1, block.find(b"\n", at + 1)
+    return lines
 
 
 def _chunks(file: BinaryIO, start: int, stop: int, size: int = CHUNK_BYTES) -> Iterator[bytes]:
@@ -326,20 +349,23 @@ def _chunks(file: BinaryIO, start: int, stop: int, size: int = CHUNK_BYTES) -> I
         yield chunk
 
 
-def _split(chunks: Iterable[bytes]) -> Iterator[tuple[int, list[bytes]]]:
-    """(0, whole lines), or (its size, [its first bytes]) of a line above `RECORD_BYTES`."""
+def _blocks(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """(0, whole lines), or (its size, its first bytes) of a line above `RECORD_BYTES`."""
     begun: list[bytes] = []  # of the line that the last chunk broke off
     size = 0
     for chunk in chunks:
-        line, newline, rest = chunk.partition(b"\n")
-        size += len(line)
-        begun = [*begun, line] if size <= RECORD_BYTES else [b"".join([*begun[:2], line])[:HEAD_BYTES]]
-        if newline:
-            yield size if size > RECORD_BYTES else 0, [b"".join(begun)]
-            *lines, line = rest.split(b"\n")
-            yield 0, lines
-            begun, size = [line], len(line)
-    yield size if size > RECORD_BYTES else 0, [b"".join(begun)]
+        start, first, last = 0, chunk.find(b"\n"), chunk.rfind(b"\n")
+        if first < 0:
+            size += len(chunk)
+            begun = [*begun, chunk] if size <= RECORD_BYTES else [b"".join([*begun[:2], chunk])[:HEAD_BYTES]]
+            continue
+        if size + first > RECORD_BYTES:
+            yield size + first, b"".join([*begun[:2], chunk[:first]])[:HEAD_BYTES]
+            begun, start = [], first + 1
+        if last >= start:
+            yield 0, b"".join([*begun, chunk[start:last]])
+        begun, size = [chunk[last + 1 :]], len(chunk) - last - 1
+    yield size if size > RECORD_BYTES else 0, b"".join(begun)
 
 
 # --- JSON arrays ---------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """What a source says more than once is settled: one scale for its scores, one label for what several people judged.
 
-Rows of a prompt come together in one shard, in the order of the input. A `Settling` says what to do; `shard` does it
-to one shard's rows. Which records become which rows is the converters' work; nothing here knows formats.
-
-Shapes: n rows; u units, where a unit is one row, or the two adjacent rows of a comparison.
+A `Settling` says what to do. `labels` takes what there is to decide on out of rows: a unit is one row, or the two
+adjacent rows of a comparison, and its texts are hashes. `judge` decides on the units of some prompts, in the order of
+the input, and `apply` does to the rows what was decided. So texts stay where they are, and labels alone are gathered by
+prompt. Which records become which rows is the converters' work; nothing here knows formats.
 """
 
 import json
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from schemas.errors import UserError
 from schemas.feedback import identify
@@ -134,17 +135,19 @@ def rescaled(raw: np.ndarray, method: str, of: dict[str, Any]) -> np.ndarray:
     return 1 - reward if of["lower_is_better"] else reward
 
 
-def _scale(rows: pa.Table, method: str, of: dict[str, dict[str, Any]]) -> tuple[pa.Table, int]:
-    """The rows with new rewards, and how many have one."""
-    reward, scalar = rows["reward"].to_numpy().copy(), pc.equal(rows["type"], "scalar")
-    usable = pc.and_(scalar, pc.is_valid(rows["raw_reward"])).to_numpy()
-    raw, sources = rows["raw_reward"].to_numpy(), rows["source"].to_numpy()
+def _scale(
+    rows: pa.Table, method: str, of: dict[str, dict[str, Any]], name: str = "reward", raw_name: str = "raw_reward"
+) -> tuple[pa.Table, int]:
+    """The rows (or labels) with new rewards, and how many have one."""
+    reward, scalar = rows[name].to_numpy().copy(), pc.equal(rows["type"], "scalar")
+    usable = pc.and_(scalar, pc.is_valid(rows[raw_name])).to_numpy()
+    raw, sources = rows[raw_name].to_numpy(), rows["source"].to_numpy()
     for source in pc.unique(rows["source"].filter(pa.array(usable))).to_pylist():
         if source not in of:
             raise UserError(f"--calibration: no statistics of source {source!r}; there are {', '.join(of) or 'none'}")
         mine = usable & (sources == source)
         reward[mine] = rescaled(raw[mine], method, of[source])
-    return _with(rows, "reward", pa.array(reward, pa.float32(), from_pandas=True)), int(usable.sum())
+    return _with(rows, name, pa.array(reward, pa.float32(), from_pandas=True)), int(usable.sum())
 
 
 def _with(rows: pa.Table, name: str, values: pa.Array) -> pa.Table:
@@ -154,108 +157,43 @@ def _with(rows: pa.Table, name: str, values: pa.Array) -> pa.Table:
 
 # --- labels of one thing -----------------------------------------------------------------------
 
+_OF_RESPONSES = {"response": pa.binary(), "reward": pa.float32(), "raw_reward": pa.float64()}
+# One entry a unit. A response is its hash; a comparison has two, with two rewards and raw rewards.
+LABELS = pa.schema(
+    [
+        ("row", pa.int64()),  # the unit's first
+        *((name, pa.string()) for name in ("type", "source", "labeller", "prompt_id", "metadata")),
+        *((f"{name}_{i}", kind) for name, kind in _OF_RESPONSES.items() for i in (1, 2)),
+    ]
+)
+# What becomes of a unit: it is kept with new labels, or it goes, refused for a reason or merged into another.
+VERDICTS = pa.schema(
+    [
+        ("at", pa.int64()),  # its place among the labels
+        ("kept", pa.bool_()),
+        ("rows", pa.int8()),
+        *((name, pa.string()) for name in ("reason", "detail", "labeller", "metadata")),
+        *((f"{name}_{i}", pa.float64()) for name in ("reward", "raw_reward") for i in (1, 2)),
+    ]
+)
 
-@dataclass(frozen=True)
-class Unit:
-    """A label: its first row, whether it is a comparison, who gave it, its value, and all labels it stands for.
 
-    A comparison's value is the probability that its first response in the order of their text is better.
+def labels(rows: pa.Table, before: int, seed: int) -> pa.Table:
+    """The labels of rows, the first of which has the number `before`.
+
+    `seed` is drawn anew for each run: nobody can prepare two responses with one hash.
     """
-
-    row: int
-    pair: bool
-    turned: bool  # the comparison's second row is the first in order
-    labeller: str | None
-    value: float
-    raws: tuple[float | None, ...]  # of the one response, or of both in their order
-    values: tuple[float, ...]  # of the labels it stands for
-    of: tuple[int, ...]  # and their first rows
-
-
-@dataclass
-class Verdicts:
-    """What becomes of the units of a shard."""
-
-    dropped: dict[int, str]  # first row → policy, merged into another unit
-    refused: dict[int, tuple[str, str]]  # first row → reason, detail
-    changed: dict[int, Unit]  # first row → the unit that is there now
-    agreement: dict[str, list[float]]  # source → sums; see `_agree`
-
-
-def shard(
-    rows: pa.Table, how: Settling, scales: dict[str, dict[str, Any]]
-) -> tuple[pa.Table, list[dict[str, Any]], Counter[str], dict[str, list[float]]]:
-    """Settled rows, rows left out (as dicts with `reason` and `detail`), rows per policy, and sums of agreement."""
-    touched: Counter[str] = Counter()
-    if how.scale != "range":
-        rows, touched["scale"] = _scale(rows, how.scale, scales)
-    done = Verdicts({}, {}, {}, {})
-    if how.groups:
-        _judge(rows, how, done)
-    keep = np.ones(rows.num_rows, bool)
-    pairs = pc.equal(rows["type"], "pairwise").to_numpy()
-    left_out = []
-    for row, policy in done.dropped.items():
-        touched[policy] += 2 if pairs[row] else 1
-        keep[row : row + 1 + pairs[row]] = False
-    for row, (reason, detail) in done.refused.items():
-        keep[row : row + 1 + pairs[row]] = False
-        for one in rows.slice(row, 1 + pairs[row]).to_pylist():
-            left_out.append({"reason": reason, "detail": detail, "row": one})
-    rows = _relabel(rows, done.changed)
-    if done.changed or how.scale != "range":
-        rows = identify(rows)
-    rows = rows if keep.all() else rows.filter(pa.array(keep))
-    return rows, left_out, touched, done.agreement
-
-
-def _judge(rows: pa.Table, how: Settling, done: Verdicts) -> None:
-    """Decide on every group of units with one source, type, prompt and response (or two)."""
-    for source, kind, units in _groups(rows):
-        if kind in ("demonstration", "unlabelled"):
-            if how.duplicates != "keep_all":
-                done.dropped.update((unit.row, "duplicates") for unit in units[1:])
-            continue
-        _agree(done.agreement.setdefault(source, [0.0] * 7), units)
-        left = _without_duplicates(units, how, done)
-        alone = how.annotators == "bradley_terry" and kind == "pairwise"  # a model of all the prompt's comparisons
-        if how.annotators != "keep_all" and len(left) > 1 and not alone:
-            _merge(left, _central(left, how.annotators, kind), how, done, "annotators")
-    if how.annotators == "bradley_terry":
-        _bradley_terry(rows, how, done)
-    if how.annotators != "keep_all" and how.ties == "drop":
-        _drop_ties(rows, done)
-
-
-def _drop_ties(rows: pa.Table, done: Verdicts) -> None:
-    """Ties that nobody's verdict outweighed; they were kept so that they count among the others."""
-    rewards, pairs = rows["reward"].to_numpy(), pc.equal(rows["type"], "pairwise").to_numpy()
-    for row in starts(rows).tolist():
-        if pairs[row] and rewards[row] == 0.5 and row not in done.changed and row not in done.dropped:
-            done.refused.setdefault(row, ("tie", "neither response was preferred"))
-
-
-def _groups(rows: pa.Table) -> Iterable[tuple[str, str, list[Unit]]]:
-    """(source, type, units) of what was labelled more than once, in the order of the rows."""
-    codes = [rows[name].combine_chunks().dictionary_encode() for name in ("source", "type", "prompt_id", "response")]
-    source, kind, prompt, response = (c.indices.to_numpy() for c in codes)
-    pairs = pc.equal(rows["type"], "pairwise").to_numpy()
     first = starts(rows)
-    other = np.where(pairs[first], response[np.minimum(first + 1, len(response) - 1)], response[first])
-    both = np.sort(np.stack([response[first], other]), axis=0)
-    keys = np.stack([source[first], kind[first], prompt[first], *both], axis=1)
-    _, group, size = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
-    group = group.reshape(-1)
-    members: dict[int, list[int]] = defaultdict(list)
-    for i in np.flatnonzero(size[group] > 1).tolist():
-        members[group[i]].append(int(first[i]))
-    for firsts in members.values():
-        at = firsts[0]
-        yield (
-            rows["source"][at].as_py(),
-            rows["type"][at].as_py(),
-            [_unit(rows, row, bool(pairs[at])) for row in firsts],
-        )
+    pair = pc.equal(rows["type"], "pairwise").to_numpy()[first]
+    responses = rows["response"].combine_chunks().cast(pa.binary()).to_pylist()
+    hashed = pa.array([xxhash.xxh3_128_digest(text, seed) for text in responses], pa.binary())
+    one, other = pa.array(first), pa.array(first + 1, mask=~pair)
+    columns: dict[str, Any] = {"row": pa.array(first + before)}
+    for name in ("type", "source", "labeller", "prompt_id", "metadata"):
+        columns[name] = rows[name].take(one)
+    for name, values in (("response", hashed), ("reward", rows["reward"]), ("raw_reward", rows["raw_reward"])):
+        columns |= {f"{name}_1": values.take(one), f"{name}_2": values.take(other)}
+    return pa.table(columns, schema=LABELS)
 
 
 def starts(rows: pa.Table) -> np.ndarray:
@@ -264,15 +202,118 @@ def starts(rows: pa.Table) -> np.ndarray:
     return np.flatnonzero(~pairs | (np.cumsum(pairs) % 2 == 1))
 
 
-def _unit(rows: pa.Table, row: int, pair: bool) -> Unit:
-    turned = pair and rows["response"][row].as_py() > rows["response"][row + 1].as_py()
-    order = ((row + 1, row) if turned else (row, row + 1)) if pair else (row,)
-    value = rows["reward"][order[0]].as_py()
-    raws = tuple(rows["raw_reward"][at].as_py() for at in order)
-    return Unit(row, pair, turned, rows["labeller"][row].as_py(), value, raws, (value,), (row,))
+@dataclass(frozen=True)
+class Unit:
+    """A label: its place, whether it is a comparison, who gave it, its value, and all labels it stands for.
+
+    A comparison's value is the probability that the response which is first in the first unit of both is better.
+    """
+
+    at: int
+    pair: bool
+    turned: bool  # that response is its second
+    labeller: str | None
+    value: float
+    raws: tuple[float | None, ...]  # of the one response, or of both in their order
+    values: tuple[float, ...]  # of the labels it stands for
+    of: tuple[int, ...]  # and their places
+    metadata: tuple[str | None, ...]  # and their metadata
 
 
-def _without_duplicates(units: list[Unit], how: Settling, done: Verdicts) -> list[Unit]:
+@dataclass
+class Decided:
+    """What becomes of the units of some prompts."""
+
+    dropped: dict[int, str]  # place → policy, merged into another unit
+    refused: dict[int, tuple[str, str]]  # place → reason, detail
+    changed: dict[int, Unit]  # place → the unit that is there now
+    agreement: dict[str, list[float]]  # source → sums; see `_agree`
+
+
+def judge(
+    of: pa.Table, how: Settling, scales: dict[str, dict[str, Any]]
+) -> tuple[pa.Table, Counter[str], dict[str, list[float]]]:
+    """Verdicts on the `labels` of some prompts, rows that each policy merged away or changed, and sums of agreement."""
+    of = of.combine_chunks()
+    if how.scale != "range":
+        of, _ = _scale(of, how.scale, scales, "reward_1", "raw_reward_1")
+    done = Decided({}, {}, {}, {})
+    for source, kind, units in _groups(of):
+        _settle(source, kind, units, how, done)
+    if how.annotators == "bradley_terry":
+        _bradley_terry(of, how, done)
+    if how.annotators != "keep_all" and how.ties == "drop":
+        _drop_ties(of, done)
+    pairs = pc.equal(of["type"], "pairwise").to_numpy()
+    touched: Counter[str] = Counter()
+    for at, policy in done.dropped.items():
+        touched[policy] += 1 + int(pairs[at])
+    return _verdicts(done, pairs), touched, done.agreement
+
+
+def _verdicts(done: Decided, pairs: np.ndarray) -> pa.Table:
+    found = []
+    for at in sorted(done.dropped.keys() | done.refused.keys() | done.changed.keys()):
+        one: dict[str, Any] = {"at": at, "rows": 1 + int(pairs[at]), "kept": False}
+        if at in done.refused:
+            one["reason"], one["detail"] = done.refused[at]
+        elif at not in done.dropped:
+            unit = done.changed[at]
+            one |= {"kept": True, "labeller": unit.labeller, "metadata": _told(unit)}
+            rewards, raws = (unit.value, 1 - unit.value)[: len(unit.raws)], unit.raws
+            if unit.turned:
+                rewards, raws = rewards[::-1], raws[::-1]
+            one |= {f"reward_{i}": reward for i, reward in enumerate(rewards, 1)}
+            one |= {f"raw_reward_{i}": raw for i, raw in enumerate(raws, 1)}
+        found.append(one)
+    return pa.Table.from_pylist(found, schema=VERDICTS)
+
+
+def _settle(source: str, kind: str, units: list[Unit], how: Settling, done: Decided) -> None:
+    """Decide on units with one source, type, prompt and response (or two)."""
+    if kind in ("demonstration", "unlabelled"):
+        if how.duplicates != "keep_all":
+            done.dropped.update((unit.at, "duplicates") for unit in units[1:])
+        return
+    _agree(done.agreement.setdefault(source, [0.0] * 7), units)
+    left = _without_duplicates(units, how, done)
+    alone = how.annotators == "bradley_terry" and kind == "pairwise"  # a model of all the prompt's comparisons
+    if how.annotators != "keep_all" and len(left) > 1 and not alone:
+        _merge(left, _central(left, how.annotators, kind), how, done, "annotators")
+
+
+def _drop_ties(of: pa.Table, done: Decided) -> None:
+    """Ties that nobody's verdict outweighed; they were kept so that they count among the others."""
+    ties = pc.and_(pc.equal(of["type"], "pairwise"), pc.equal(of["reward_1"], 0.5)).to_numpy()
+    for at in np.flatnonzero(ties).tolist():
+        if at not in done.changed and at not in done.dropped:
+            done.refused.setdefault(at, ("tie", "neither response was preferred"))
+
+
+def _groups(of: pa.Table) -> Iterable[tuple[str, str, list[Unit]]]:
+    """(source, type, units) of what was labelled more than once, in the order of the labels."""
+    both = of["response_1"], of["response_2"]
+    keys = {name: of[name] for name in ("source", "type", "prompt_id")}
+    keys |= {"low": pc.min_element_wise(*both), "high": pc.max_element_wise(*both)}
+    grouped = pa.table({**keys, "at": np.arange(of.num_rows)}).group_by([*keys], use_threads=False)
+    found = grouped.aggregate([("at", "list")])
+    several = found.filter(pc.greater(pc.list_value_length(found["at_list"]), 1))
+    entries = iter(of.take(several["at_list"].combine_chunks().flatten()).to_pylist())
+    for group in several["at_list"].to_pylist():
+        members = [(at, next(entries)) for at in group]
+        first = members[0][1]
+        yield first["source"], first["type"], [_unit(at, entry, first["response_1"]) for at, entry in members]
+
+
+def _unit(at: int, entry: dict[str, Any], first: bytes) -> Unit:
+    pair = entry["type"] == "pairwise"
+    turned = pair and entry["response_1"] != first
+    order = ((2, 1) if turned else (1, 2)) if pair else (1,)
+    value, raws = entry[f"reward_{order[0]}"], tuple(entry[f"raw_reward_{i}"] for i in order)
+    return Unit(at, pair, turned, entry["labeller"], value, raws, (value,), (at,), (entry["metadata"],))
+
+
+def _without_duplicates(units: list[Unit], how: Settling, done: Decided) -> list[Unit]:
     """The units that are left when each labeller's several labels are one, or none."""
     if how.duplicates == "keep_all":
         return units
@@ -282,11 +323,11 @@ def _without_duplicates(units: list[Unit], how: Settling, done: Verdicts) -> lis
         by_labeller[unit.labeller].append(unit)
     for same in by_labeller.values():
         if len({unit.value for unit in same}) == 1 or how.duplicates == "keep_first":
-            done.dropped.update((unit.row, "duplicates") for unit in same[1:])
+            done.dropped.update((unit.at, "duplicates") for unit in same[1:])
             left.append(same[0])
         elif how.duplicates == "reject":
             values = ", ".join(f"{unit.value:g}" for unit in same)
-            done.refused.update((unit.row, ("conflict", f"one labeller gave it {values}")) for unit in same)
+            done.refused.update((unit.at, ("conflict", f"one labeller gave it {values}")) for unit in same)
         else:
             left.append(_merge(same, sum(u.value for u in same) / len(same), how, done, "duplicates"))
     return [unit for unit in left if unit]
@@ -303,12 +344,12 @@ def _central(units: list[Unit], annotators: str, kind: str) -> float | None:
     return None if above == below else float(above > below)
 
 
-def _merge(units: list[Unit], value: float | None, how: Settling, done: Verdicts, policy: str) -> Unit | None:
+def _merge(units: list[Unit], value: float | None, how: Settling, done: Decided, policy: str) -> Unit | None:
     """One unit that stands for all; None where they even out, and are left out or kept as one half."""
     tie = value is None or (value == 0.5 and units[0].pair)
     if tie and (how.ties == "drop" or not units[0].pair):
         reason = ("tie" if units[0].pair else "conflict", f"{len(units)} labels that even out")
-        done.refused.update((unit.row, reason) for unit in units)
+        done.refused.update((unit.at, reason) for unit in units)
         return None
     first = units[0]
     merged = replace(
@@ -317,10 +358,11 @@ def _merge(units: list[Unit], value: float | None, how: Settling, done: Verdicts
         value=0.5 if value is None else value,
         raws=tuple(_mean(each) for each in zip(*(unit.raws for unit in units), strict=True)),
         values=tuple(value for unit in units for value in unit.values),
-        of=tuple(row for unit in units for row in unit.of),
+        of=tuple(at for unit in units for at in unit.of),
+        metadata=tuple(one for unit in units for one in unit.metadata),
     )
-    done.changed[first.row] = merged
-    done.dropped.update((unit.row, policy) for unit in units[1:])
+    done.changed[first.at] = merged
+    done.dropped.update((unit.at, policy) for unit in units[1:])
     return merged
 
 
@@ -335,28 +377,9 @@ def _labeller(labellers: list[str | None]) -> str | None:
     return "human" if all((one or "").startswith("human") for one in labellers) else None
 
 
-def _relabel(rows: pa.Table, changed: dict[int, Unit]) -> pa.Table:
-    """The rows with the labels that stand for several."""
-    if not changed:
-        return rows
-    columns = {name: rows[name].to_pylist() for name in ("reward", "raw_reward", "labeller", "metadata")}
-    metadata = rows["metadata"].to_pylist()
-    for unit in changed.values():
-        told = _told([metadata[row] for row in unit.of], unit)
-        at = range(unit.row, unit.row + len(unit.raws))
-        for row, raw, value in zip(
-            reversed(at) if unit.turned else at, unit.raws, (unit.value, 1 - unit.value), strict=False
-        ):
-            columns["reward"][row], columns["raw_reward"][row] = value, raw
-            columns["labeller"][row], columns["metadata"][row] = unit.labeller, told
-    for name, values in columns.items():
-        rows = _with(rows, name, pa.array(values, rows.schema.field(name).type))
-    return rows
-
-
-def _told(metadata: list[str | None], unit: Unit) -> str:
+def _told(unit: Unit) -> str:
     """What the labels' metadata agree on, how many there are, and the share that agrees with what became of them."""
-    first, *others = ([*json.loads(text or "{}").items()] for text in metadata)
+    first, *others = ([*json.loads(text or "{}").items()] for text in unit.metadata)
     side = _side(unit.value)
     agree = sum(_side(value) == side for value in unit.values) / len(unit.values)
     facts = {k: v for k, v in first if all((k, v) in other for other in others)}
@@ -368,31 +391,83 @@ def _side(value: float) -> int:
     return (value > 0.5) - (value < 0.5)
 
 
+# --- what was decided, done --------------------------------------------------------------------
+
+
+def apply(
+    rows: pa.Table, verdicts: pa.Table, how: Settling, scales: dict[str, dict[str, Any]]
+) -> tuple[pa.Table, list[dict[str, Any]], int]:
+    """Settled rows, rows left out (dicts with `reason`, `detail` and the row), and how many were scaled.
+
+    `verdicts` are those on these rows; their `at` is the number of the unit's first row.
+    """
+    before, scaled = rows, 0
+    if how.scale != "range":
+        rows, scaled = _scale(rows, how.scale, scales)
+        rows = identify(rows)
+    rows = _relabelled(rows, verdicts.filter(verdicts["kept"]))
+    gone = verdicts.filter(pc.invert(verdicts["kept"]))
+    keep = np.ones(rows.num_rows, bool)
+    keep[_rows_of(gone)[0]] = False
+    refused = gone.filter(pc.is_valid(gone["reason"])).select(["at", "rows", "reason", "detail"]).to_pylist()
+    left_out = [
+        {"reason": one["reason"], "detail": one["detail"], "row": row}
+        for one in refused
+        for row in before.slice(one["at"], one["rows"]).to_pylist()
+    ]
+    return rows if keep.all() else rows.filter(pa.array(keep)), left_out, scaled
+
+
+def _rows_of(verdicts: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that verdicts are on, and for each its verdict and whether it is the unit's second row [n, 2]."""
+    rows = verdicts["rows"].to_numpy()
+    which = np.repeat(np.arange(len(rows)), rows)
+    second = np.concatenate([[0], np.diff(which) == 0])[: len(which)].astype(int)
+    return verdicts["at"].to_numpy()[which] + second, np.stack([which, second], axis=1)
+
+
+def _relabelled(rows: pa.Table, verdicts: pa.Table) -> pa.Table:
+    """The rows with the labels that stand for several, and the ids that go with them."""
+    if not verdicts.num_rows:
+        return rows
+    at, of = _rows_of(verdicts)
+    changed = rows.take(pa.array(at))
+    for name in ("reward", "raw_reward"):
+        both = np.stack([verdicts[f"{name}_{i}"].to_numpy() for i in (1, 2)], axis=1)
+        values = pa.array(both[of[:, 0], of[:, 1]], from_pandas=True)
+        changed = _with(changed, name, values.cast(rows.schema.field(name).type))
+    for name in ("labeller", "metadata"):
+        changed = _with(changed, name, verdicts[name].take(pa.array(of[:, 0])))
+    order = np.arange(rows.num_rows)
+    order[at] = rows.num_rows + np.arange(len(at))
+    return pa.concat_tables([rows, identify(changed)]).take(pa.array(order)).combine_chunks()
+
+
 # --- Bradley and Terry -------------------------------------------------------------------------
 
 
-def _bradley_terry(rows: pa.Table, how: Settling, done: Verdicts) -> None:
+def _bradley_terry(of: pa.Table, how: Settling, done: Decided) -> None:
     """All comparisons of a source's prompt get the probability that a Bradley-Terry model of them gives."""
-    by_prompt: dict[tuple[str, str], list[Unit]] = defaultdict(list)
-    pairs = pc.equal(rows["type"], "pairwise").to_numpy()
-    prompts, sources = rows["prompt_id"].to_pylist(), rows["source"].to_pylist()
-    for row in starts(rows).tolist():
-        if pairs[row] and row not in done.dropped and row not in done.refused:
-            by_prompt[sources[row], prompts[row]].append(done.changed.get(row) or _unit(rows, row, True))
-    for units in by_prompt.values():
-        if len(units) < 2:
-            continue
-        number: dict[str, int] = {}
-        sides = []
-        for unit in units:
-            texts = sorted(rows["response"][row].as_py() for row in (unit.row, unit.row + 1))
-            sides.append(tuple(number.setdefault(text, len(number)) for text in texts))
-        strength = strengths([(i, j, unit.value) for (i, j), unit in zip(sides, units, strict=True)])
-        of: dict[tuple[int, ...], list[Unit]] = defaultdict(list)
-        for both, unit in zip(sides, units, strict=True):
-            of[both].append(unit)
-        for (i, j), same in of.items():
-            _merge(same, float(strength[i] / (strength[i] + strength[j])), how, done, "annotators")
+    by_prompt: dict[tuple[str, str], list[tuple[int, dict[str, Any]]]] = defaultdict(list)
+    for at, entry in enumerate(of.to_pylist()):
+        if entry["type"] == "pairwise":
+            by_prompt[entry["source"], entry["prompt_id"]].append((at, entry))
+    for entries in by_prompt.values():
+        number: dict[bytes, int] = {}
+        first: dict[frozenset[bytes], bytes] = {}  # as in `_groups`, where the unit may have been merged
+        of_sides: dict[tuple[int, ...], list[Unit]] = defaultdict(list)
+        for at, entry in entries:
+            both = entry["response_1"], entry["response_2"]
+            ahead = first.setdefault(frozenset(both), both[0])
+            if at not in done.dropped and at not in done.refused:
+                unit = done.changed.get(at) or _unit(at, entry, ahead)
+                texts = reversed(both) if unit.turned else both
+                of_sides[tuple(number.setdefault(text, len(number)) for text in texts)].append(unit)
+        met = [(i, j, unit.value) for (i, j), units in of_sides.items() for unit in units]
+        if len(met) > 1:
+            strength = strengths(met)
+            for (i, j), units in of_sides.items():
+                _merge(units, float(strength[i] / (strength[i] + strength[j])), how, done, "annotators")
 
 
 def strengths(comparisons: list[tuple[int, int, float]], prior: float = 0.1, rounds: int = 200) -> np.ndarray:

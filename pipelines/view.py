@@ -250,7 +250,7 @@ def _shard(
     split: str, number: int, pieces: list[str], projection: Projection, stage: str, facts: dict[str, Any]
 ) -> dataset.Result:
     """Read a shard's pieces, write their view, a few prompts at a time, and report."""
-    gathered = pa.concat_tables([io.open_parquet(path).read() for path in pieces]).replace_schema_metadata(None)
+    gathered = pa.concat_tables([io.read_scratch(path) for path in pieces]).replace_schema_metadata(None)
     rows = publish.ordered(gathered)
     report = dataset.result([number], split=split)
     report["inputs"], report["duplicates"] = gathered.num_rows, gathered.num_rows - rows.num_rows

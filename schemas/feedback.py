@@ -105,12 +105,12 @@ REJECTED = pa.schema(
 
 # --- ids ---------------------------------------------------------------------------------------
 #
-# Every id is a 128-bit BLAKE2b, as 32 hex digits: the same on every machine. What is hashed is framed: each part
+# Every id is 128 bits of BLAKE2b, as 32 hex digits: the same on every machine. What is hashed is framed: each part
 # follows its length in bytes and a colon, and "-" stands for null, so that no two contents look alike.
 
 
-def _hash(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+def _hash(content: bytes, ids: int = 1) -> bytes:
+    return hashlib.blake2b(content, digest_size=16 * ids).digest()
 
 
 def _frame(*parts: str | None) -> bytes:
@@ -120,7 +120,7 @@ def _frame(*parts: str | None) -> bytes:
 
 def prompt_id(prompt: Sequence[Message]) -> str:
     """Id of a conversation, over role, content and tool calls of every turn."""
-    return _hash(b"".join([_frame(m["role"], m["content"], m.get("tool_calls")) for m in prompt]))
+    return _hash(b"".join([_frame(m["role"], m["content"], m.get("tool_calls")) for m in prompt])).hex()
 
 
 @lru_cache(maxsize=4096)
@@ -129,42 +129,34 @@ def _label(kind: str, source: str, labeller: str | None, reward: float | None, r
     return _frame(kind, source, labeller, *numbers)
 
 
-def _row_hash(prompt_id: bytes, response: bytes, label: bytes) -> str:
-    """What a row's ids are made from."""
-    return _hash(label + prompt_id + response)
+def _pair_ids(prompt: bytes, first: bytes, second: bytes) -> tuple[str, str, str]:
+    """The ids of a comparison's rows and of the comparison, from its prompt's id and its rows' framed contents.
 
-
-def _pair_ids(first: str, second: str) -> tuple[str, str, str]:
-    """The ids of a comparison's rows and of the comparison, from the rows' hashes.
-
-    They do not depend on which row comes first: the comparison's is a hash of both rows' hashes, and a row's of its own
-    and the comparison's.
+    One hash of both rows gives all three, so that they do not depend on which row comes first.
     """
-    both = _hash((first + second if first < second else second + first).encode())
-    return _hash((first + both).encode()), _hash((second + both).encode()), both
-
-
-def _ids_of(types: Sequence[str], hashes: Sequence[str]) -> tuple[list[str], list[str | None]]:
-    """`id` and `comparison_id` of rows; the two rows of a comparison follow each other."""
-    ids: list[str] = []
-    comparisons: list[str | None] = []
-    i = 0
-    while i < len(types):
-        if types[i] == "pairwise":
-            first, second, both = _pair_ids(hashes[i], hashes[i + 1])
-            ids += (first, second)
-            comparisons += (both, both)
-        else:
-            ids.append(hashes[i])
-            comparisons.append(None)
-        i += 2 if types[i] == "pairwise" else 1
-    return ids, comparisons
+    turned = first > second
+    both = _hash(prompt + (second + first if turned else first + second), 3).hex()
+    comparison, low, high = both[:32], both[32:64], both[64:]
+    return (high, low, comparison) if turned else (low, high, comparison)
 
 
 def _with_ids(columns: dict[str, list[Any]]) -> tuple[list[str], list[str | None]]:
+    """`id` and `comparison_id` of rows; the two rows of a comparison follow each other."""
     labels = map(_label, *(columns[name] for name in ("type", "source", "labeller", "reward", "raw_reward")))
-    texts = zip(columns["prompt_id"], columns["response"], labels, strict=True)
-    return _ids_of(columns["type"], [_row_hash(p.encode(), response.encode(), label) for p, response, label in texts])
+    contents = [label + _frame(response) for label, response in zip(labels, columns["response"], strict=True)]
+    prompts, types = columns["prompt_id"], columns["type"]
+    ids: list[str] = []
+    comparisons: list[str | None] = []
+    while (i := len(ids)) < len(types):
+        prompt = bytes.fromhex(prompts[i])
+        if types[i] == "pairwise":
+            first, second, both = _pair_ids(prompt, contents[i], contents[i + 1])
+            ids += (first, second)
+            comparisons += (both, both)
+        else:
+            ids.append(_hash(prompt + contents[i]).hex())
+            comparisons.append(None)
+    return ids, comparisons
 
 
 def identify(rows: pa.Table) -> pa.Table:
@@ -358,31 +350,50 @@ def text_rows(prompts: pa.Array, responses: Sequence[pa.Array], source: str) -> 
     n, k = len(prompts), len(responses)
     kind = "pairwise" if k == 2 else "demonstration"
     labels = [_label(kind, source, None, reward, None) for reward in (1.0, 0.0)[:k]]
-    prompt_ids: list[str] = []
-    hashes: list[str] = []
-    for prompt, *texts in zip(*(a.cast(pa.binary()).to_pylist() for a in (prompts, *responses)), strict=True):
-        of_prompt = _hash(b"4:user%d:%b-" % (len(prompt), prompt))
-        prompt_ids += [of_prompt] * k
-        encoded = of_prompt.encode()
-        for text, label in zip(texts, labels, strict=True):
-            hashes.append(_row_hash(encoded, text, label))
-    ids, comparisons = _ids_of([kind] * len(hashes), hashes)
+    prompt_ids, ids = _text_ids(labels, *(a.cast(pa.binary()).to_pylist() for a in (prompts, *responses)))
     contents = prompts.take(pa.array(np.repeat(np.arange(n), k)))
     turns = [pa.repeat(pa.scalar("user", pa.string()), n * k), contents, pa.nulls(n * k, pa.string())]
     messages = pa.StructArray.from_arrays(turns, fields=list(_MESSAGE))
     offsets = np.arange(n * k + 1, dtype=np.int32)
     side_by_side = np.arange(n * k).reshape(k, n).T.ravel()
     columns = {
-        "id": pa.array(ids, pa.string()),
+        "id": _hex(ids[:, :k].reshape(-1, 16)),
         "prompt": pa.ListArray.from_arrays(offsets, messages, type=FEEDBACK.field("prompt").type),
         "response": pa.concat_arrays(list(responses)).take(pa.array(side_by_side)),
         "reward": pa.array(np.tile(np.array([1, 0][:k], np.float32), n)),
         "type": pa.repeat(pa.scalar(kind, pa.string()), n * k),
-        "prompt_id": pa.array(prompt_ids, pa.string()),
-        "comparison_id": pa.array(comparisons, pa.string()),
+        "prompt_id": _hex(np.repeat(prompt_ids, k, axis=0)),
         "source": pa.repeat(pa.scalar(source, pa.string()), n * k),
     }
+    if kind == "pairwise":
+        columns["comparison_id"] = _hex(np.repeat(ids[:, 2], 2, axis=0))
     return pa.Table.from_arrays([columns.get(f.name, pa.nulls(n * k, f.type)) for f in FEEDBACK], schema=FEEDBACK)
+
+
+def _text_ids(labels: Sequence[bytes], prompts: list[bytes], *responses: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids as bytes: of the prompts [n, 16], and of each record's rows and its comparison [n, 1 or 3, 16]."""
+    of_prompts = [_hash(b"4:user%d:%b-" % (len(text), text)) for text in prompts]
+    if len(responses) == 1:
+        frame = b"%b" + labels[0].replace(b"%", b"%%") + b"%d:%b"
+        of_rows = [_hash(frame % (p, len(r), r)) for p, r in zip(of_prompts, *responses, strict=True)]
+        order = [0]
+    else:
+        better, worse = (label.replace(b"%", b"%%") + b"%d:%b" for label in labels)
+        assert worse < better  # as `_pair_ids` orders them
+        frame, order = b"%b" + worse + better, [2, 1, 0]
+        texts = zip(of_prompts, *responses, strict=True)
+        of_rows = [_hash(frame % (p, len(w), w, len(b), b), 3) for p, b, w in texts]
+    ids = np.frombuffer(b"".join(of_rows), np.uint8).reshape(len(prompts), len(order), 16)
+    return np.frombuffer(b"".join(of_prompts), np.uint8).reshape(-1, 16), ids[:, order]
+
+
+_DIGITS = np.array([b"%02x" % byte for byte in range(256)])
+
+
+def _hex(digests: np.ndarray) -> pa.Array:
+    """Bytes [n, 16] as strings of 32 hex digits."""
+    offsets = np.arange(0, 32 * len(digests) + 1, 32, dtype=np.int32)
+    return pa.StringArray.from_buffers(len(digests), pa.py_buffer(offsets), pa.py_buffer(_DIGITS[digests]))
 
 
 # --- check -------------------------------------------------------------------------------------

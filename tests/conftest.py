@@ -9,8 +9,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
 
+hypothesis.settings.register_profile("una", deadline=None)  # claims of speed are measured in benchmarks/, not in tests
+hypothesis.settings.load_profile("una")
 REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO / "examples"))
 

