@@ -19,7 +19,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import dropwhile, zip_longest
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -245,41 +245,28 @@ def _lines(of: Range, names: Sequence[str] = ()) -> Iterator[Any]:
     with io.open_bytes(of.path) as file:
         position = of.first
         for size, block in _blocks(_chunks(file, of.start, of.stop, TEXTS_BYTES if names else CHUNK_BYTES)):
-            lines = _Lines(block, position)
             if size:
                 yield Raw(position, block, _too_long(size))
                 position += 1
             elif names and (found := _columns(block, names)):
-                yield Texts(found, lines.record)
-                position += len(found[0])
+                columns, ends = found
+                yield Texts(columns, partial(_line, block, ends, position))
+                position += len(ends)
             else:
-                yield from lines.records()
-                position += len(lines.texts)
+                lines = block.split(b"\n")
+                yield from _records(lines, position)
+                position += len(lines)
 
 
-class _Lines:
-    """A block of whole lines; it is taken apart when that is needed."""
-
-    def __init__(self, block: bytes, first: int):
-        self.block, self.first = block, first
-
-    @cached_property
-    def texts(self) -> list[bytes]:
-        return self.block.split(b"\n")
-
-    def record(self, i: int) -> Raw:
-        text = self.texts[i].rstrip(b"\r")
-        return Raw(self.first + i, text, parse(text))
-
-    def records(self) -> Iterator[Raw]:
-        loads = orjson.loads
-        for at, line in enumerate(self.texts, self.first):
-            if text := line.rstrip(b"\r"):
-                try:
-                    yield Raw(at, text, loads(text))
-                except orjson.JSONDecodeError:
-                    if text.strip():
-                        yield Raw(at, text, parse(text))
+def _records(lines: list[bytes], position: int) -> Iterator[Raw]:
+    loads = orjson.loads
+    for at, line in enumerate(lines, position):
+        if text := line.rstrip(b"\r"):
+            try:
+                yield Raw(at, text, loads(text))
+            except orjson.JSONDecodeError:
+                if text.strip():
+                    yield Raw(at, text, parse(text))
 
 
 # --- columns of texts ----------------------------------------------------------------------------
@@ -304,14 +291,20 @@ def texts(of: Range, names: Sequence[str]) -> Iterator[Raw | Texts]:
         raise io.unreadable(of.path, error) from None
 
 
-def _columns(block: bytes, names: Sequence[str]) -> list[pa.Array] | None:
-    """The columns of lines that each hold one object with texts under `names` and nothing else; None for others.
+def _line(block: bytes, ends: list[int], position: int, i: int) -> Raw:
+    text = block[ends[i - 1] + 1 if i else 0 : ends[i]].rstrip(b"\r")
+    return Raw(position + i, text, parse(text))
 
-    The parser would also take two objects on a line, or one on two lines. Where every line begins and ends as an object
-    does, and there are as many objects as lines, there is one on each: an object of texts has no brace inside.
+
+def _columns(block: bytes, names: Sequence[str]) -> tuple[list[pa.Array], list[int]] | None:
+    """The columns of lines that each hold one object with texts under `names` and nothing else, and the lines' ends.
+
+    None for others. The parser would also take two objects on a line, or one on two lines. Where every line begins and
+    ends as an object does, and there are as many objects as lines, there is one on each: an object of texts has no
+    brace inside.
     """
-    lines = _objects(block)
-    if lines < TEXTS_LINES:
+    ends = _objects(block)
+    if len(ends) < TEXTS_LINES:
         return None
     schema = pa.schema([(name, pa.string()) for name in names])
     reading = pa_json.ReadOptions(use_threads=False, block_size=len(block) + 1)
@@ -321,21 +314,22 @@ def _columns(block: bytes, names: Sequence[str]) -> list[pa.Array] | None:
         table.validate(full=True)  # that text is UTF-8
     except pa.ArrowInvalid:
         return None
-    if table.num_rows != lines or table.schema.names != list(names):
+    if table.num_rows != len(ends) or table.schema.names != list(names):
         return None
-    return [column.combine_chunks() for column in table.columns]
+    return [column.combine_chunks() for column in table.columns], ends
 
 
-def _objects(block: bytes) -> int:
-    """The number of lines, where each begins and ends as an object does; else 0."""
+def _objects(block: bytes) -> list[int]:
+    """Where the lines end, if each begins and ends as an object does; else nothing."""
     if block[:1] != b"{" or not block.endswith((b"}", b"}\r")):
-        return 0
-    lines, at = 1, block.find(b"\n")
+        return []
+    ends, at = [], block.find(b"\n")
     while at >= 0:
         if block[at + 1] != _OPEN or (block[at - 1] != _CLOSE and block[at - 2 : at] != b"}\r"):
-            return 0
-        lines, at = lines + 1, block.find(b"\n", at + 1)
-    return lines
+            return []
+        ends.append(at)
+        at = block.find(b"\n", at + 1)
+    return [*ends, len(block)]
 
 
 def _chunks(file: BinaryIO, start: int, stop: int, size: int = CHUNK_BYTES) -> Iterator[bytes]:

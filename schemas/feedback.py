@@ -415,11 +415,11 @@ def check(rows: pa.Table, *, scored: bool = False) -> None:
         )
     for field in schema:
         _check_nulls(rows[field.name], field, field.name)
-    _all(pc.match_substring_regex(rows["id"], "^[0-9a-f]{32}$"), rows, "id", "is not 32 hex digits")
-    _all(pc.match_substring_regex(rows["prompt_id"], "^[0-9a-f]{32}$"), rows, "prompt_id", "is not 32 hex digits")
+    for name in ("id", "prompt_id"):
+        _all(_is_hex(rows[name]), rows, name, "is not 32 hex digits")
     _all(pc.is_in(rows["type"], pa.array(TYPES)), rows, "type", f"is none of {', '.join(TYPES)}")
     _all(pc.greater(pc.list_value_length(rows["prompt"]), 0), rows, "prompt", "is empty")
-    _all(pc.greater(pc.utf8_length(rows["response"]), 0), rows, "response", "is empty")
+    _all(pc.greater(pc.binary_length(rows["response"]), 0), rows, "response", "is empty")
     roles = pc.struct_field(pc.list_flatten(rows["prompt"]), "role")
     unknown = set(pc.unique(roles).to_pylist()) - set(ROLES)
     if unknown:
@@ -438,6 +438,14 @@ def check(rows: pa.Table, *, scored: bool = False) -> None:
     _all(pc.fill_null(pc.is_finite(rows["raw_reward"]), True), rows, "raw_reward", "is not finite")
     if scored:
         _check_reference(rows)
+
+
+def _is_hex(column: pa.ChunkedArray) -> pa.Array:
+    """Which ids are 32 lower-case hex digits; all at once where all are."""
+    text = b"".join(column.cast(pa.binary()).to_pylist())
+    if len(text) == 32 * len(column) and not text.translate(None, b"0123456789abcdef"):
+        return pc.equal(pc.binary_length(column), 32)
+    return pc.match_substring_regex(column, "^[0-9a-f]{32}$")
 
 
 def _check_nulls(column: pa.ChunkedArray | pa.Array, field: pa.Field, name: str) -> None:
