@@ -39,13 +39,14 @@ BLOCK_BYTES, BLOCK_ROWS = 16 << 20, 10_000
 WORDS = {"prompt": (10, 95), "response": (20, 140)}
 PAIR = ("prompt", "chosen", "rejected")
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
-TWO_WORKERS = ("--direct_num_workers", "2", "--direct_running_mode", "multi_processing")
+TWO = ("--direct_num_workers", "2", "--direct_running_mode")
 UNA: dict[str, tuple[str, tuple[str, ...]]] = {  # side → what it reads, options
     "una": ("jsonl", ()),
     "una_parquet": ("parquet", ()),
     "una_dedup": ("jsonl", ("--duplicates", "keep_first")),
     "una_scale": ("scores", ("--scale", "zscore")),
-    "una_two": ("jsonl", TWO_WORKERS),
+    "una_processes": ("jsonl", (*TWO, "multi_processing")),
+    "una_threads": ("jsonl", (*TWO, "multi_threading")),
 }
 PEERS = {  # side → what it reads, the package it needs
     "pyarrow": ("jsonl", "pyarrow"),
@@ -65,7 +66,8 @@ RATIOS = {  # figure → measure, numerator, denominator
     "ratio_naive_beam": ("cpu_s", "una", "naive_beam"),
     "ratio_polars": ("cpu_s", "una", "polars"),
     "ratio_duckdb": ("cpu_s", "una", "duckdb"),
-    "ratio_two_workers_wall": ("wall_s", "una_two", "pyarrow"),
+    "ratio_two_processes_wall": ("wall_s", "una_processes", "pyarrow"),
+    "ratio_two_threads_wall": ("wall_s", "una_threads", "pyarrow"),
 }
 
 
@@ -73,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=SIDES, metavar="SIDE", help=f"some of {', '.join(SIDES)}")
     parser.add_argument("--records", type=int, default=300_000, help="pairs in the file")
-    parser.add_argument("--repeats", type=int, default=3, help="how often each side is measured")
+    parser.add_argument("--repeats", type=int, default=5, help="how often each side is measured")
     parser.add_argument("--scale-up", type=int, metavar="N", help="una and pyarrow also at N times the records")
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir(), "una-benchmark"), help="for the files")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
@@ -120,8 +122,8 @@ def compare(sides: list[str], where: Path, records: int, repeats: int) -> dict[s
     figures: dict[str, Any] = {"records": records, "jsonl_mb": round(world["bytes"]["jsonl"] / 1e6, 1)}
     figures["sides"] = {side: _medians(of_side) for side, of_side in runs.items()}
     figures |= _ratios(figures["sides"])
-    if "una" in runs and "una_two" in runs:
-        figures["two_workers_byte_identical"] = runs["una"][0]["sha256"] == runs["una_two"][0]["sha256"]
+    if two := {"una_processes", "una_threads"} & set(runs) if "una" in runs else ():
+        figures["two_workers_byte_identical"] = all(runs[s][0]["sha256"] == runs["una"][0]["sha256"] for s in two)
     for side, found in figures["sides"].items():
         print(f"{side:16} {found['cpu_s']:8.2f} CPU s {found['wall_s']:8.2f} s {found['peak_rss_mb']:8.0f} MB peak")
     told = {name: value for name, value in figures.items() if name != "sides"}
@@ -144,7 +146,7 @@ def _verified(side: str, world: dict[str, Any], out: Path) -> dict[str, Any]:
     if rows != world["rows"][kind]:
         raise SystemExit(f"{side}: wrote {rows} rows, and the file holds {world['rows'][kind]}")
     found: dict[str, Any] = {"rows": rows}
-    if side in ("una", "una_two"):
+    if side in ("una", "una_processes", "una_threads"):
         found["sha256"] = {path.name: _sha256(path) for path in sorted((out / side / "data").iterdir())}
     if side not in ("una", "pyarrow"):
         shutil.rmtree(out / side)
