@@ -5,7 +5,8 @@ import dataclasses
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -202,11 +203,28 @@ def convert(value: Any, source: Source, policy: Policy) -> list[Row | LeftOut]:
     if first not in (source.format, ""):
         # it would lose what that format says of it, such as its label
         raise Reject("wrong_shape", f"looks like {first} in a file of {source.format}; pass --format to insist")
-    made = source.reading.convert(value, source.name, policy)
+    made = _made(value, source, policy)
     if not first:  # it says something more, such as a score, than the others of its file
         fields = ", ".join(map(str, list(value)[:12]))
         raise Reject("wrong_shape", f"{source.format} does not read all of {fields}; pass --format to insist")
     return made
+
+
+def _made(record: dict[str, Any], source: Source, policy: Policy) -> list[Row | LeftOut]:
+    if source.mapping is None and CONVERTERS[source.format].of_file:
+        return _in_its_file(source, policy)(record)
+    return source.reading.convert(record, source.name, policy)
+
+
+@lru_cache(maxsize=4)
+def _in_its_file(source: Source, policy: Policy) -> Callable[[dict[str, Any]], list[Row | LeftOut]]:
+    """What converts the records of a file that say nothing alone; the file is read for it, once per process."""
+    path = source.retried or source.path
+    raws = readers.records(readers.Range(path, readers.kind_of(path)))
+    values = (_named(raw.value, source.columns) for raw in raws if isinstance(raw.value, dict))
+    of_file = CONVERTERS[source.format].of_file
+    assert of_file
+    return of_file(values, source.name, policy)
 
 
 # --- inspect -----------------------------------------------------------------------------------
