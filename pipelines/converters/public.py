@@ -194,14 +194,14 @@ def _helpsteer(record: Record, source: str, policy: Policy) -> list[Row | LeftOu
     prompt = marked(text(needed(record, "prompt"), "prompt"))
     response = text(needed(record, "response"), "response")
     attributes = {name: _attribute(needed(record, name), name) for name in HELPSTEER_ATTRIBUTES}
-    raw, reward = _weighed(attributes, policy.helpsteer_weights)
+    raw, reward = weighed(attributes, policy.helpsteer_weights)
     return [*score(prompt, response, reward, source=source, raw_reward=raw, labeller="human", metadata=attributes)]
 
 
-def _weighed(attributes: Mapping[str, int], weights: Mapping[str, float]) -> tuple[float, float]:
-    """The weighted sum, and its place in [0, 1]; exact, so that .65, .8 and .45 add up to 1.9."""
+def weighed(attributes: Mapping[str, float], weights: Mapping[str, float]) -> tuple[float, float]:
+    """The weighted sum of attributes from 0 to 4, and its place in [0, 1]; exact: .65, .8 and .45 add up to 1.9."""
     exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
-    raw = sum((weight * attributes[name] for name, weight in exact.items()), Fraction())
+    raw = sum((weight * Fraction(str(attributes[name])) for name, weight in exact.items()), Fraction())
     low = 4 * sum((weight for weight in exact.values() if weight < 0), Fraction())
     high = 4 * sum((weight for weight in exact.values() if weight > 0), Fraction())
     return float(raw), float((raw - low) / (high - low))
