@@ -115,6 +115,9 @@ def _detected(path: str, values: Iterator[Any], kind: str) -> tuple[str, float]:
         raise UserError(f"{path}: no records to be read here{f' ({why.detail})' if why else ''}; is it {kind}?")
     counts = detect(found)
     (name, count), *others = counts.most_common()
+    table = readers.like_table(found[0]) if kind == "json" and len(sample) == 1 else ""
+    if table and (not name or isinstance(next(iter(found[0].values())), list)):
+        raise UserError(f"{path}: {table}; if it is one record, pass --format or --mapping")
     if not name:
         if known := columns.refusal(found[0]):
             raise UserError(f"{path}: {known}")
