@@ -74,6 +74,7 @@ def understand(
 ) -> Source:
     """How a file will be read; `UserError` with the nearest formats when its records are of no known one."""
     kind, name = readers.kind_of(path), source or (chosen and chosen.spec.get("source")) or io.stem(path)
+    _check_keys(path, kind)
     if chosen:
         _check_labels(path, kind, chosen)
     if chosen or format_name:
@@ -82,6 +83,16 @@ def understand(
     values = (_named(raw.value, names) for raw in readers.records(readers.Range(path, kind)))
     format_name, confidence = _detected(path, values, kind)
     return Source(path, kind, format_name, name, confidence=confidence, columns=names)
+
+
+def _check_keys(path: str, kind: str) -> None:
+    """Warn of keys that an object holds twice, of which JSON parsers keep the last only."""
+    for raw in islice(readers.records(readers.Range(path, kind)), DETECTED) if kind in ("jsonl", "json") else ():
+        text = raw.text or b""
+        if len(text) < readers.HEAD_BYTES and (key := readers.twice(text)) is not None:
+            told = f"record {raw.position} holds the key {key!r} twice in one object, with two values; the last is read"
+            log.warning("%s: %s, here and in any other record; rename one where it matters", path, told)
+            return
 
 
 def _check_labels(path: str, kind: str, chosen: mappings.Mapping) -> None:

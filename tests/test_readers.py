@@ -274,6 +274,22 @@ def test_two_columns_of_one_name_in_a_table(tmp_path):
         read(tmp_path / "x.json")
 
 
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"a": 1, "b": 2, "a": 3}', "a"),
+        ('{"a": 1, "a": 1}', None),
+        ('{"m": [{"x": {"k": "one", "k": "two"}}]}', "k"),
+        ('{"a": "\\"b\\": 1, \\"b\\": 2"}', None),
+        ('{"a": NaN, "b": 1e999}', None),
+        ('{"a": 1, "a": ', None),
+        ("[" * 100_000, None),
+    ],
+)
+def test_a_key_that_is_there_twice(text, key):
+    assert readers.twice(text.encode()) == key
+
+
 def test_json_lines_named_json_stay_lines_whatever_their_length(tmp_path):
     lines = [{"a": "x" * 100_000}, {"a": 1}]
     (tmp_path / "x.json").write_text("\n".join(map(json.dumps, lines)))

@@ -124,3 +124,14 @@ def test_what_may_be_a_table_or_a_record_is_refused_with_a_cure(una_here, tmp_pa
     (tmp_path / "x.json").write_text(chosen)
     code, out, err = una_here("inspect", "x.json")
     assert (code, "trl_preference" in out) == (0, True), err
+
+
+def test_a_key_that_is_there_twice_is_told(una_here, tmp_path):
+    lines = [json.dumps(pair) for pair in PAIRS]
+    lines[2] = lines[2].replace('"chosen"', '"chosen": "lost", "chosen"')
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    code, _, err = una_here("inspect", tmp_path / "x.jsonl")
+    assert code == 0
+    assert "record 3 holds the key 'chosen' twice in one object, with two values; the last is read" in err
+    (tmp_path / "x.jsonl").write_text("\n".join(lines[:2]))
+    assert "twice" not in una_here("inspect", tmp_path / "x.jsonl")[2]
