@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.converters import oasst, open_webui
 from pipelines.converters.base import LeftOut, Policy
-from pipelines.converters.trees import CONVERTERS
 from schemas import feedback
 from schemas.errors import Reject
 
-FORMATS = {converter.name: converter for converter in CONVERTERS}
+FORMATS = {converter.name: converter for converter in (*oasst.CONVERTERS, *open_webui.CONVERTERS)}
 FIXTURES = Path(__file__).parent / "data" / "converters"
 
 

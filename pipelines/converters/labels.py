@@ -3,21 +3,36 @@ that are missing. Arithmetic only; reading the fields is `messages`' work.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations, pairwise
 from typing import Any
 
-from pipelines.converters.base import LeftOut, Policy, note
-from pipelines.converters.messages import number, scaled, verdict
+from pipelines.converters.base import LeftOut, Policy, Record, note
+from pipelines.converters.messages import number, scaled, show, verdict
 from schemas.errors import Reject
 from schemas.feedback import Message, Row, comparison, score, thumb, unlabelled
 
+Made = list[Row | LeftOut]
 _NOBODY = {"labeller": None}  # gave no label
 
 
 def annotator(user: object) -> str:
     """The labeller of a person: a hash, so that nobody's name or address is published."""
     return "human:" + hashlib.blake2b(str(user).encode("utf-8", "backslashreplace"), digest_size=6).hexdigest()
+
+
+def person(user: Any) -> str:
+    """The labeller of a user id; `human` where there is none."""
+    if is_missing(user, ("None",)):
+        return "human"
+    if not isinstance(user, str | int):
+        raise Reject("wrong_type", f"expected the id of a person, got {show(user)}")
+    return annotator(user)
+
+
+def judge(name: Any) -> str | None:
+    """The labeller of a model by its name; None where there is none."""
+    return f"judge:{name}" if isinstance(name, str) and name.strip() else None
 
 
 def objectives(names: Sequence[str], policy: Policy) -> list[str]:
@@ -29,6 +44,20 @@ def objectives(names: Sequence[str], policy: Policy) -> list[str]:
     return [policy.objective]
 
 
+def each_objective(names: Sequence[str], source: str, policy: Policy, make: Callable[[str, str], Made]) -> Made:
+    """The rows of every judgement asked for, `make(name, source)`; where all are, each has a source of its own.
+
+    A judgement that cannot be used is left out; `Reject` if none can.
+    """
+    made: Made = []
+    for name in objectives(names, policy):
+        try:
+            made += make(name, f"{source}:{name}" if policy.objective == "all" else source)
+        except Reject as error:
+            made.append(LeftOut(name, error.reason, error.detail))
+    return some(made)
+
+
 # --- one or two responses ----------------------------------------------------------------------
 
 
@@ -37,6 +66,17 @@ def is_missing(value: Any, sentinels: Iterable[Any] = ()) -> bool:
     if value is None or (isinstance(value, str) and not value.strip()):
         return True
     return any(value == s or (isinstance(value, str) and value.strip() == str(s)) for s in sentinels)
+
+
+def yes(value: Any, where: str) -> float | None:
+    """1 or 0 for a yes or no; None where nobody said."""
+    return None if is_missing(value) else float(verdict(value, where))
+
+
+def numbers_of(record: Record, *names: str) -> tuple[float | None, float | None]:
+    """The numbers of the two sides, as far as they are given."""
+    first, second = (None if is_missing(record.get(name)) else number(record[name], name) for name in names)
+    return first, second
 
 
 def compared(

@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from pipelines.converters.base import HELPSTEER_ATTRIBUTES, Converter, LeftOut, Policy, Record
-from pipelines.converters.labels import compared
+from pipelines.converters.labels import compared, some
 from pipelines.converters.messages import (
     SYSTEM_FIELD,
     conversation,
@@ -80,10 +80,7 @@ def _ultrafeedback(record: Record, source: str, policy: Policy) -> list[Row | Le
             made += _rated(prompt, completion, facts(record, "source"), source, policy)
         except Reject as error:
             made.append(LeftOut(f"completions[{i}]", error.reason, error.detail))
-    first = made[0]
-    if isinstance(first, LeftOut) and all(isinstance(m, LeftOut) for m in made):
-        raise Reject(first.reason, f"{first.part}: {first.detail}; no completion could be used")
-    return made
+    return some(made, "no completion could be used")
 
 
 def _rated(prompt: list[Message], completion: Any, about: dict[str, Any], source: str, policy: Policy) -> list[Row]:
