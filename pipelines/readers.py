@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 KINDS = {
     "jsonl": "JSON lines: one value a line; blank lines are counted but are no records",
     "json": "a JSON array, its elements; one object, or several in a row; an object that wraps the array, as "
-    '{"data": [...]}',
+    '{"data": [...]}, or that is a table, its rows: as pandas writes it (orient columns, index or split), or with a '
+    "list for each column (of conversations, or of more than 100 values)",
     "csv": "CSV or TSV with a header, in UTF-8 or (with a byte order mark) UTF-16; every cell is text",
     "xlsx": "an Excel workbook: the rows below the header of each sheet, one sheet after the other",
     "parquet": "parquet, its rows",
@@ -54,6 +55,7 @@ BATCH_ROWS = 1_000  # rows of a table that are Python values at a time
 WORKBOOK_BYTES = 1 << 30  # what a workbook may unpack to
 WORKBOOK_RATIO = 200  # and how much that may be of the file, above 100 MiB
 SHEET_ROWS = 1 << 20  # Excel's limit
+COLUMN_VALUES = 100  # lists of no more, side by side in an object, may be what one record holds, such as its turns
 _RANDOM_ACCESS = ("parquet", "arrow", "xlsx")
 _MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow", b"PK\x03\x04": "xlsx"}
 _FOREIGN = {
@@ -222,7 +224,8 @@ def _row_groups(path: str) -> list[Range]:
 def parse(line: bytes) -> Any:
     """The JSON value of `line`, or a `Reject`. orjson is fast and strict; json takes NaN, 1e400 and lone surrogates.
 
-    Both keep the last of a key that an object holds twice. An integer beyond 64 bits is a float.
+    Both keep the last of a key that an object holds twice: to look for such keys in every record would cost up to a
+    third of its conversion, so that `twice` looks for them in the first. An integer beyond 64 bits is a float.
     """
     try:
         return orjson.loads(line)
@@ -234,6 +237,23 @@ def parse(line: bytes) -> Any:
         return Reject("invalid_unicode", f"not valid UTF-8 at byte {error.start} of the record")
     except (ValueError, RecursionError) as error:
         return Reject("invalid_json", str(error))
+
+
+def twice(text: bytes) -> str | None:
+    """The key that an object in a JSON text holds twice, with two values; None if none does."""
+    found: list[str] = []
+
+    def paired(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            found.extend(key for key, value in pairs if value != made[key])
+        return made
+
+    try:
+        json.loads(text, object_pairs_hook=paired)
+    except (ValueError, RecursionError):
+        return None  # it is rejected as it is
+    return found[0] if found else None
 
 
 def _too_long(size: int) -> Reject:
@@ -474,11 +494,13 @@ def _array(of: Range) -> Iterator[Raw]:
             yield from _parsed(of, buffer, b"]")
             if buffer.skip():
                 raise UserError(f"{of.path}: more follows the JSON array; write one array, or one record per line")
-        elif (offset := _wrapped(of.path)) is None:
-            yield from _parsed(of, buffer, b"")
-        else:
+        elif (offset := _wrapped(of.path)) is not None:
             with io.open_bytes(of.path) as again:
                 yield from _parsed(of, _Buffer(again, offset + 1), b"]")
+        elif (table := _table(of.path)) is not None:
+            yield from (Raw(i, None, row) for i, row in enumerate(table, 1))
+        else:
+            yield from _parsed(of, buffer, b"")
 
 
 def _parsed(of: Range, buffer: _Buffer, closer: bytes) -> Iterator[Raw]:
@@ -549,6 +571,85 @@ def _wrapped(path: str) -> int | None:
     name, others = match["key"].decode("utf-8", "replace"), members - 1
     log.info("%s: one object; the records are its %r; its %d other fields are not read", path, name, others)
     return offset + match.start("array")
+
+
+def _table(path: str) -> list[dict[str, Any]] | None:
+    """The rows of the table that the only object of a file is, or None; the file is read whole for it."""
+    with io.open_bytes(path) as file:
+        buffer = _Buffer(file)
+        try:
+            _, size, text = _element(buffer, b"", RECORD_BYTES) if buffer.skip() == b"{" else _Element(0, 0, b"")
+        except _BrokenOff:
+            return None
+        if size > len(text) or buffer.skip():  # more objects follow
+            return None
+    value = parse(text)
+    rows = _as_table(value, path) if isinstance(value, dict) else None
+    if rows is not None:
+        log.info("%s: one object, which is a table of %d rows", path, len(rows))
+    return rows
+
+
+def _as_table(value: dict[str, Any], path: str) -> list[dict[str, Any]] | None:
+    """The rows, if the object is certainly a table as pandas or `datasets` write it, and no single record."""
+    names, columns = list(value), list(value.values())
+    if {"columns", "data"} <= value.keys() <= {"columns", "data", "index", "index_names", "column_names"}:
+        return _split_rows(value["columns"], value["data"], path)
+    if columns and all(isinstance(c, dict) for c in columns):
+        inner = list(columns[0])
+        if _are_places(names) and not any(map(_are_places, columns)):
+            return columns
+        if _are_places(inner) and not _are_places(names) and all(list(c) == inner for c in columns):
+            return [dict(zip(names, row, strict=True)) for row in zip(*(c.values() for c in columns), strict=True)]
+    if _side_by_side(columns) and (len(columns[0]) > COLUMN_VALUES or any(map(_are_conversations, columns))):
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    return None
+
+
+def _split_rows(names: Any, rows: Any, path: str) -> list[dict[str, Any]] | None:
+    if not isinstance(names, list) or not isinstance(rows, list) or not all(isinstance(n, str) for n in names):
+        return None
+    if not all(isinstance(row, list) and len(row) == len(names) for row in rows):
+        return None
+    _require_distinct(names, path)
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def _are_places(keys: Iterable[str]) -> bool:
+    """Whether the keys are the index of two rows or more."""
+    listed = list(keys)
+    return len(listed) > 1 and all(key.isascii() and key.isdigit() for key in listed)
+
+
+def _side_by_side(columns: list[Any]) -> bool:
+    """Whether all are lists of one length, and no turns of one conversation."""
+    if not columns or not all(isinstance(c, list) and len(c) == len(columns[0]) > 0 for c in columns):
+        return False
+    return not any(_is_turn(one) for column in columns for one in column[:2])
+
+
+def _are_conversations(values: list[Any]) -> bool:
+    return all(isinstance(value, list) and value and _is_turn(value[0]) for value in values)
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and ("role" in value or "from" in value)
+
+
+def like_table(value: dict[str, Any]) -> str:
+    """How to make rows of an object that may be a table, or one record; '' if it is none."""
+    columns = list(value.values())
+    if len(columns) > 1 and _side_by_side(columns):
+        what, rows = (
+            f"{len(columns)} lists of {len(columns[0])} values",
+            "[dict(zip(t, row)) for row in zip(*t.values())]",
+        )
+    elif len(columns) > 1 and all(isinstance(c, dict) and c and list(c) == list(columns[0]) for c in columns):
+        what, rows = f"{len(columns)} objects with the same fields", "[{'id': key} | row for key, row in t.items()]"
+    else:
+        return ""
+    write = f"""python -c "import json; t = json.load(open('FILE')); json.dump({rows}, open('rows.json', 'w'))\""""
+    return f"one object of {what}, which may be a table or a record; if it is a table, write its rows: {write}"
 
 
 # --- CSV -----------------------------------------------------------------------------------------

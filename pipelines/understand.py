@@ -5,7 +5,8 @@ import dataclasses
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,6 +74,7 @@ def understand(
 ) -> Source:
     """How a file will be read; `UserError` with the nearest formats when its records are of no known one."""
     kind, name = readers.kind_of(path), source or (chosen and chosen.spec.get("source")) or io.stem(path)
+    _check_keys(path, kind)
     if chosen:
         _check_labels(path, kind, chosen)
     if chosen or format_name:
@@ -81,6 +83,16 @@ def understand(
     values = (_named(raw.value, names) for raw in readers.records(readers.Range(path, kind)))
     format_name, confidence = _detected(path, values, kind)
     return Source(path, kind, format_name, name, confidence=confidence, columns=names)
+
+
+def _check_keys(path: str, kind: str) -> None:
+    """Warn of keys that an object holds twice, of which JSON parsers keep the last only."""
+    for raw in islice(readers.records(readers.Range(path, kind)), DETECTED) if kind in ("jsonl", "json") else ():
+        text = raw.text or b""
+        if len(text) < readers.HEAD_BYTES and (key := readers.twice(text)) is not None:
+            told = f"record {raw.position} holds the key {key!r} twice in one object, with two values; the last is read"
+            log.warning("%s: %s, here and in any other record; rename one where it matters", path, told)
+            return
 
 
 def _check_labels(path: str, kind: str, chosen: mappings.Mapping) -> None:
@@ -114,6 +126,9 @@ def _detected(path: str, values: Iterator[Any], kind: str) -> tuple[str, float]:
         raise UserError(f"{path}: no records to be read here{f' ({why.detail})' if why else ''}; is it {kind}?")
     counts = detect(found)
     (name, count), *others = counts.most_common()
+    table = readers.like_table(found[0]) if kind == "json" and len(sample) == 1 else ""
+    if table and (not name or isinstance(next(iter(found[0].values())), list)):
+        raise UserError(f"{path}: {table}; if it is one record, pass --format or --mapping")
     if not name:
         if known := columns.refusal(found[0]):
             raise UserError(f"{path}: {known}")
@@ -202,11 +217,28 @@ def convert(value: Any, source: Source, policy: Policy) -> list[Row | LeftOut]:
     if first not in (source.format, ""):
         # it would lose what that format says of it, such as its label
         raise Reject("wrong_shape", f"looks like {first} in a file of {source.format}; pass --format to insist")
-    made = source.reading.convert(value, source.name, policy)
+    made = _made(value, source, policy)
     if not first:  # it says something more, such as a score, than the others of its file
         fields = ", ".join(map(str, list(value)[:12]))
         raise Reject("wrong_shape", f"{source.format} does not read all of {fields}; pass --format to insist")
     return made
+
+
+def _made(record: dict[str, Any], source: Source, policy: Policy) -> list[Row | LeftOut]:
+    if source.mapping is None and CONVERTERS[source.format].of_file:
+        return _in_its_file(source, policy)(record)
+    return source.reading.convert(record, source.name, policy)
+
+
+@lru_cache(maxsize=4)
+def _in_its_file(source: Source, policy: Policy) -> Callable[[dict[str, Any]], list[Row | LeftOut]]:
+    """What converts the records of a file that say nothing alone; the file is read for it, once per process."""
+    path = source.retried or source.path
+    raws = readers.records(readers.Range(path, readers.kind_of(path)))
+    values = (_named(raw.value, source.columns) for raw in raws if isinstance(raw.value, dict))
+    of_file = CONVERTERS[source.format].of_file
+    assert of_file
+    return of_file(values, source.name, policy)
 
 
 # --- inspect -----------------------------------------------------------------------------------

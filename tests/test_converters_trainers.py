@@ -72,7 +72,8 @@ READ_BY = [
     ("OpenAI with a verdict", "", {"input": {}, "preferred_output": [], "non_preferred_output": [], "rating": 1}),
     ("HALOs without a label", "", {"prompt": [_U], "output": [_A], "type": "scalar_feedback", "reward": 3.0}),
     ("v1 with a label", "sharegpt_kto", {"messages": [_U, _A | {"loss_weight": 1.0}], "label": True}),
-    ("SteerLM", "", {"text": "<extra_id_0>System\n", "label": [4.0] * 9}),
+    ("SteerLM", "steerlm", {"text": "<extra_id_0>System\n", "label": [4.0] * 9}),
+    ("numbers beside another template", "", {"text": "[INST] Q [/INST] A", "label": [4.0] * 9}),
     ("another object with contents", "", {"contents": "some text"}),
 ]
 
@@ -285,12 +286,42 @@ def test_a_renamed_record_is_one_of_a_known_format():
     assert columns.renamed(record, {}) == record
 
 
+_STEERED = "<extra_id_0>System\n\n<extra_id_1>User\nQ\n<extra_id_1>Assistant\nA\n<extra_id_2>"
+
+
+def _steered(*attributes):
+    return {"text": _STEERED, "label": [-100] * 4 + [*attributes]}
+
+
+def test_steerlm_needs_the_attributes_that_are_weighed_and_no_other():
+    weights = {"helpfulness": 1.0, "verbosity": 0.0}
+    (row,) = _convert("steerlm", _steered(3.2, *[-100] * 4), helpsteer_weights=weights)
+    assert (row["reward"], row["raw_reward"]) == (pytest.approx(0.8), 3.2)
+    (row,) = _convert("steerlm", _steered(3, *[-100] * 4), missing="unlabelled")
+    assert (row["type"], row["reward"]) == ("unlabelled", None)
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (_steered(5, 1, 1, 1, 1), "reward_out_of_range"),
+        (_steered(-1, 1, 1, 1, 1), "reward_out_of_range"),
+        (_steered("high", 1, 1, 1, 1), "invalid_reward"),
+        (_steered(*[-100] * 5), "missing_label"),
+        (_steered(*[1] * 5) | {"text": "<extra_id_0>System\n\n<extra_id_1>User\nQ\n<extra_id_2>"}, "wrong_shape"),
+        (_steered(*[1] * 5) | {"text": "<extra_id_7>Q"}, "wrong_shape"),
+    ],
+)
+def test_steerlm_rejected(record, reason):
+    assert _rejected("steerlm", record).reason == reason
+
+
 @pytest.mark.parametrize(
     ("record", "word"),
     [
         ({"text": "The sky is blue."}, "`completion`"),
         ({"prompt": "Q", "id": 1}, "prompts only"),
-        ({"text": "x", "label": [4.0, -100.0]}, "HelpSteer2"),
+        ({"text": "x", "label": [4.0, -100.0]}, "--mapping"),
         ({"prompt": [_U], "output": [_A], "reward": 3.2, "type": "scalar_feedback"}, "mapping"),
     ],
 )

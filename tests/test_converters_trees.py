@@ -10,16 +10,18 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.converters import oasst, open_webui
 from pipelines.converters.base import LeftOut, Policy
-from pipelines.converters.trees import CONVERTERS
 from schemas import feedback
 from schemas.errors import Reject
 
-FORMATS = {converter.name: converter for converter in CONVERTERS}
+FORMATS = {converter.name: converter for converter in (*oasst.CONVERTERS, *open_webui.CONVERTERS)}
 FIXTURES = Path(__file__).parent / "data" / "converters"
 
 
@@ -200,15 +202,179 @@ def test_every_reply_is_ranked_left_out_or_alone(tree):
     feedback.check(feedback.table(rows))
 
 
-# --- single messages ---------------------------------------------------------------------------
+# --- one message a record ------------------------------------------------------------------------
 
 
-def test_messages_one_a_record_are_refused_with_a_cure():
-    ranked, bare = _records("message_rows")
-    assert all(FORMATS["message_rows"].matches(record) for record in (ranked, bare))
-    assert "ingest the .trees export instead" in _rejected("message_rows", ranked).detail
-    assert "there is no feedback in them" in _rejected("message_rows", bare).detail
-    assert not FORMATS["message_rows"].matches({"text": "Q", "role": "user"})
+def _flattened(tree):
+    """The messages of a tree, one a record, from the root down."""
+    found, waiting = [], [(None, tree["prompt"])]
+    while waiting:
+        above, node = waiting.pop()
+        found.append({key: value for key, value in node.items() if key != "replies"})
+        found[-1] |= {"parent_id": above, "message_tree_id": tree["message_tree_id"]}
+        waiting += [(node["message_id"], reply) for reply in reversed(node["replies"])]
+    return found
+
+
+def _each(records, **policy):
+    """What becomes of each of the records of a file, in short: what was made, or the reason it was rejected."""
+    convert = FORMATS["oasst_messages"].of_file(records, "s", Policy(**policy))
+    fates = []
+    for record in records:
+        try:
+            fates.append(convert(record))
+        except Reject as error:
+            fates.append(error)
+    return fates
+
+
+def _sorted_rows(made):
+    rows = [m for m in made if not isinstance(m, LeftOut)]
+    return sorted(feedback.table(rows)["id"].to_pylist())
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(_trees, min_size=1, max_size=3),
+    st.randoms(use_true_random=False),
+    st.sampled_from(["scores", "adjacent", "all", "best_vs_rest"]),
+    st.sampled_from(["all", "rankings", "quality", "demonstrations"]),
+    st.sampled_from(["drop", "unlabelled"]),
+)
+def test_messages_give_the_rows_of_their_trees(grown, random, rank_as, objective, missing):
+    policy = {"rank_as": rank_as, "objective": objective, "missing": missing, "ties": "half"}
+    trees = [{"message_tree_id": f"t{i}", "prompt": _grown(tree, 0, Counter())} for i, tree in enumerate(grown)]
+    for i, tree in enumerate(trees):
+        _mark(tree["prompt"], f"t{i}-", random)
+    records, of_trees = [m for tree in trees for m in _flattened(tree)], []
+    for tree in trees:
+        try:
+            of_trees += _convert("oasst_trees", tree, **policy)
+        except Reject:
+            continue
+    order = _shuffled(records, random)
+    fates = _each([records[i] for i in order], **policy)
+    made = [m for fate in fates if not isinstance(fate, Reject) for m in fate]
+    assert _sorted_rows(made) == _sorted_rows(of_trees)
+    said = {m["response"] for m in made if not isinstance(m, LeftOut)}
+    said |= {turn["content"] for m in made if not isinstance(m, LeftOut) for turn in m["prompt"]}
+    for i, fate in zip(order, fates, strict=True):
+        assert isinstance(fate, Reject) != (records[i]["text"] in said), records[i]
+
+
+def _shuffled(records, random):
+    """The places of the records in another order, in which siblings, of which some rank alike, keep theirs."""
+    order = list(range(len(records)))
+    random.shuffle(order)
+    of = {}
+    for at, i in enumerate(order):
+        of.setdefault((records[i]["message_tree_id"], records[i]["parent_id"]), []).append(at)
+    for places in of.values():
+        for at, i in zip(places, sorted(order[at] for at in places), strict=True):
+            order[at] = i
+    return order
+
+
+def _mark(node, prefix, random):
+    """Give a tree ids of its own, qualities, and messages that were withdrawn."""
+    waiting = [node]
+    while waiting:
+        at = waiting.pop()
+        at["message_id"] = at["text"] = prefix + at["text"]
+        if random.random() < 0.3:
+            at["labels"] = _quality(random.choice([0.0, 0.5, 1.0]))
+        at["deleted"] = random.random() < 0.1
+        waiting += at["replies"]
+
+
+LOST = [
+    ({"parent_id": "elsewhere"}, "missing_field", "the parent 'elsewhere' is not in the file"),
+    ({"parent_id": "D"}, "wrong_shape", "is its own ancestor"),
+    ({"role": None}, "missing_field", "role is null"),
+    ({"text": 3}, "wrong_type", "text"),
+    ({"deleted": "perhaps"}, "invalid_label", "deleted"),
+    ({"message_id": None}, "missing_field", "message_id is absent or null"),
+]
+
+
+@pytest.mark.parametrize(("changed", "reason", "told"), LOST)
+def test_a_message_that_cannot_be_used_takes_only_what_follows_it(changed, reason, told):
+    below = _reply("Q2", None, _reply("D", 0), _reply("E", 1), role="prompter")
+    whole = _flattened(_tree(_reply("A", 0, below), _reply("B", 1), _reply("C", 2)))
+    records = [record | changed if record["message_id"] == "A" else record for record in whole]
+    fates = dict(zip((r["text"] for r in whole), _each(records), strict=True))
+    assert (fates["A"].reason, told in fates["A"].detail) == (reason, True), fates["A"]
+    assert [m["reward"] for m in fates["B"] + fates["C"]] == [1.0, 0.0]
+    assert all(isinstance(fates[name], Reject) for name in ("Q2", "D", "E"))
+
+
+def test_a_rank_that_is_none_costs_the_rows_of_the_message_only():
+    below = _reply("Q2", None, _reply("D", 0), _reply("E", 1), role="prompter")
+    records = _flattened(_tree(_reply("A", "best", below), _reply("B", 1), _reply("C", 2), _reply("F", "worst")))
+    fates = dict(zip((r["text"] for r in records), _each(records), strict=True))
+    assert [(m.part, m.reason) for m in fates["A"]] == [("response 0", "invalid_reward")]  # it is a prompt of others
+    assert fates["F"].reason == "invalid_reward"
+    assert [m["reward"] for name in "BCDE" for m in fates[name]] == [1.0, 0.0, 1.0, 0.0]
+
+
+def test_an_id_that_is_there_twice_is_no_parent():
+    records = _flattened(_tree(_reply("A", 0), _reply("B", 1)))
+    fates = _each([*records, records[0] | {"text": "another"}])
+    assert {(fate.reason, fate.detail) for fate in fates} == {("wrong_shape", "the id 't' is there twice")}
+
+
+def test_the_worse_of_a_comparison_makes_it_and_the_better_is_accepted():
+    records = _flattened(_tree(_reply("A", 0), _reply("B", 1), _reply("C")))
+    root, better, worse, unranked = _each(records, rank_as="all")
+    assert (root, better, [m["response"] for m in worse]) == ([], [], ["A", "B"])
+    assert unranked.reason == "missing_label"
+
+
+def test_policies_are_counted_once_whatever_the_order():
+    from pipelines.converters.base import touched
+
+    records = _flattened(_tree(_reply("A", "0"), _reply("B", "1"), _reply("C")))
+    for order in (records, records[::-1], records[2:] + records[:2]):
+        token = touched.set(Counter())
+        try:
+            _each(order, missing="unlabelled")
+            assert touched.get() == {"numbers_as_text": 2, "missing": 1}
+        finally:
+            touched.reset(token)
+
+
+def test_messages_that_nobody_rated_say_what_can_be_done():
+    seed = [{k: v for k, v in r.items() if k != "rank"} for r in _flattened(_tree(_reply("A"), _reply("B")))]
+    fates = _each(seed)
+    assert {fate.reason for fate in fates} == {"missing_label"}
+    assert all("--objective demonstrations" in f.detail and "--missing unlabelled" in f.detail for f in fates)
+    assert [len(fate) for fate in _each(seed, missing="unlabelled")] == [0, 1, 1]
+    assert [len(fate) for fate in _each(seed[:2], objective="demonstrations")] == [0, 1]
+    assert not FORMATS["oasst_messages"].matches({"text": "Q", "role": "user"})
+    assert not FORMATS["oasst_messages"].matches(seed[0] | {"role": "user"})
+
+
+def test_a_file_of_messages_in_ranges_and_row_groups(una_here, tmp_path, monkeypatch):
+    trees = [_tree(_reply(f"A{i}", 0), _reply(f"B{i}", 1), message_id=f"t{i}") for i in range(40)]
+    records = [m for i, tree in enumerate(trees) for m in _flattened(tree | {"message_tree_id": f"t{i}"})]
+    records.append(records[0] | {"message_id": "lost", "parent_id": "elsewhere"})
+    records.sort(key=lambda record: record["message_id"])  # replies before their prompts
+    monkeypatch.setattr("pipelines.readers.RANGE_BYTES", 1000)
+    monkeypatch.setattr("pipelines.readers.CHUNK_BYTES", 500)
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "x.parquet", row_group_size=7)
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    ids = []
+    for name in ("x.jsonl", "x.parquet"):
+        out = tmp_path / f"{name}-out"
+        code, told, err = una_here("ingest", tmp_path / name, "--output", out, "--max-rejected", "1", "--json")
+        assert code == 0, err
+        summary = json.loads(told.strip().splitlines()[-1])
+        assert (summary["inputs"], summary["accepted"], summary["rejected"]) == (121, 120, {"missing_field": 1})
+        ids.append(sorted(pq.read_table(out / "data")["id"].to_pylist()))
+        assert len(ids[-1]) == 80
+        retry = ("ingest", out, "--retry", "--output", tmp_path / f"{name}-again", "--max-rejected", "1", "--json")
+        assert json.loads(una_here(*retry)[1].strip().splitlines()[-1])["rejected"] == {"missing_field": 1}
+    assert ids[0] == ids[1]
 
 
 # --- Open WebUI --------------------------------------------------------------------------------
@@ -368,8 +534,22 @@ def test_best_replies_of_a_real_file():
 
 
 @pytest.mark.real_data
-def test_messages_that_nobody_rated_are_all_refused():
+def test_a_real_file_one_message_a_record():
+    trees = _real("en_100_tree.jsonl")
+    records = [m for tree in trees for m in _flattened(tree)]
+    for policy in ({}, {"rank_as": "all"}, {"missing": "unlabelled"}):
+        of_trees = [m for tree in trees for m in _convert("oasst_trees", tree, **policy)]
+        fates = _each(records[::-1], **policy)
+        assert _sorted_rows(m for f in fates if not isinstance(f, Reject) for m in f) == _sorted_rows(of_trees)
+        assert {fate.reason for fate in fates if isinstance(fate, Reject)} <= {"missing_label"}
+
+
+@pytest.mark.real_data
+def test_real_messages_that_nobody_rated():
     records = _real("realistic_seed_data.json")
     assert len(records) == 444
-    assert all(FORMATS["message_rows"].matches(record) for record in records)
-    assert {_rejected("message_rows", record).reason for record in records} == {"missing_field"}
+    role = {record["user_message_id"]: record["role"] for record in records}
+    answers = [r for r in records if r["role"] == "assistant" and role[r["parent_message_id"]] == "prompter"]
+    assert {fate.reason for fate in _each(records)} == {"missing_label"}
+    kept = _each(records, missing="unlabelled")
+    assert sum(len(fate) for fate in kept if not isinstance(fate, Reject)) == len(answers)

@@ -160,6 +160,20 @@ _ONE = [
     ("stars: 5", 0, "reward_out_of_range"),
     ("scale: unit", 0.3, 0.3),
     ("scale: percent", "30", 0.3),
+    ("scale: percent", "30 %", 0.3),
+    ("scale: percent", "3/10", 0.3),
+    ("scale: percent", "130%", "reward_out_of_range"),
+    ("scale: unit", "85%", 0.85),
+    ("scale: unit", "12,5％", 0.125),
+    ("scale: unit", "4 out of 5", 0.8),
+    ("scale: unit", "4/0", "invalid_label"),
+    ("score: [0, 5]", "4/5", 0.8),
+    ("stars: 5", "4 / 5", 0.75),
+    ("stars: 5", "4/10", "invalid_label"),
+    ("stars: 5", "80%", "invalid_label"),
+    ("score: [0, 5], better: lower", "4/5", 0.2),
+    ("score: [0, 1]", "1/2/2024", "invalid_reward"),
+    ("scale: sigmoid", "50%", "invalid_reward"),
     ("scale: sigmoid", 0, 0.5),
     ("scale: sigmoid", -2000.0, 0.0),
     ("scale: sigmoid, better: lower", 2000, 0.0),
@@ -170,6 +184,11 @@ _ONE = [
     ("order: [bad, ok, very good]", None, "missing_label"),
     ('thumbs: {good: ["👍", up, 1], bad: ["👎", down, -1]}', "👍🏽", 1.0),
     ('thumbs: {good: ["👍", up, 1], bad: ["👎", down, -1]}', "-1", 0.0),
+    ('thumbs: {good: ["賛成", café], bad: ["反対"]}', "cafe\u0301", 1.0),
+    ("thumbs: {good: [はい, ＯＫ], bad: いいえ}", "ok", 1.0),
+    ("thumbs: {good: [да, ДОБРО], bad: [нет]}", "Добро", 1.0),
+    ("score: [0, 4], map: {非常好: 4, 差: 0, ضعيف: 1}", "ضعيف", 0.25),
+    ("stars: 5", "５", "invalid_reward"),
     ("thumbs: {good: yes, bad: no}", "YES", 1.0),
     ("thumbs: {good: yes, bad: no}", False, 0.0),
     ("thumbs: {good: yes, bad: no}", 1, "invalid_label"),
@@ -201,6 +220,24 @@ _TWO = [
     ("field: x, preference: {first: -3, second: 3}", 4, "reward_out_of_range"),
     ("field: x, preference: {first: -3, second: 3}, missing: -100", -100, "missing_label"),
     ("field: x, map: {A>B: 1, A=B: 0, B>A: -1}, preference: {first: 1, second: -1}", "b>a", 0.0),
+    ("field: x, preference: {first: 100, second: 0}, strength: soft", "70%", 0.7),
+    ("field: x, sign: positive", 2.75, 1.0),
+    ("field: x, sign: positive", "-1e3", 0.0),
+    ("field: x, sign: negative", -0.5, 1.0),
+    ("field: x, sign: negative", 0, "tie"),
+    ("field: x, sign: positive", None, "missing_label"),
+    ("field: x, sign: positive", "A", "invalid_reward"),
+    ("field: x, winner: {first: {field: a}, second: {field: b}, tie: [tie, both bad]}", " b", 0.0),
+    ("field: x, winner: {first: {field: a}, second: {field: b}, tie: [tie, both bad]}", "Both bad", "tie"),
+    ("field: x, winner: {first: {field: a}, second: {field: b}, tie: [tie, both bad]}", "c", "invalid_label"),
+    ("field: x, winner: {first: {field: a}, second: {field: a}}", "a", "invalid_label"),
+    ("field: x, winner: {first: {field: m}, second: b}", "a", "missing_field"),
+    ("field: 'x[0]', winner: {first: A, second: B}, swapped: {'x[1]': BA}", ["A", "ba"], 0.0),
+    ("field: 'x[0]', winner: {first: A, second: B}, swapped: {'x[1]': BA}", ["A", "AB"], 1.0),
+    ("field: 'x[0]', winner: {first: A, second: B}, swapped: {'x[1]': BA}", ["A", None], "missing_field"),
+    ("field: 'x[0]', compare: higher, swapped: {'x[1]': true}", [[1, 2], "true"], 1.0),
+    ("field: x, compare: higher", ["80%", "3/5"], 1.0),
+    ("field: x, compare: higher", ["80%", 3], "invalid_reward"),
     ("field: x, compare: higher", ["10", 9], 1.0),
     ("field: x, compare: lower", [10, "9.5"], 0.0),
     ("field: x, compare: higher", [7, "7.0"], "tie"),
@@ -220,7 +257,8 @@ def test_labels_of_two_responses(mapping, label, value, expected):
     made = mapping(f"prompt: q\nfirst: a\nsecond: b\nlabel: {{{label}}}")
     if not isinstance(expected, str):
         expected = [(["user: Q"], "A", expected), (["user: Q"], "B", round(1 - expected, 4))]
-    assert _outcome(made, {"q": "Q", "a": "A", "b": "B", "x": value}) == expected
+    outcome = _outcome(made, {"q": "Q", "a": "A", "b": "B", "x": value})
+    assert (outcome if isinstance(outcome, str) else sorted(outcome)) == expected
     assert made.feedback == "pairwise"
 
 
@@ -239,6 +277,33 @@ _SEVERAL = [
      _of(("Q", "B", 1.0), ("Q", "C", 0.5), ("Q", "A", 0.0))),
     ("responses: r\nlabel: {field: x, rank: 1}", {"r": ["A", "B", "C"], "x": [0, 1, 2]},
      [("responses", "invalid_label")]),
+    ("responses: r\nlabel: {field: x, ranking: best_first}",
+     {"r": {"a": "A", "b": "B", "c": "C"}, "x": ["b", "a", "c"]},
+     _of(("Q", "B", 1.0), ("Q", "A", 0.5), ("Q", "C", 0.0))),
+    ("responses: r\nlabel: {field: x, ranking: worst_first}", {"r": {"a": "A", "b": "B"}, "x": "b, A"},
+     _of(("Q", "A", 1.0), ("Q", "B", 0.0))),
+    ("responses: [a, b, c]\nlabel: {field: x, ranking: best_first}",
+     {"a": "A", "b": "B", "c": "C", "x": ["c", ["a", "b"]]}, _of(("Q", "C", 1.0), ("Q", "A", 0.25), ("Q", "B", 0.25))),
+    ("responses: [a, b, c]\nlabel: {field: x, ranking: best_first, names: [1, 2, 3]}",
+     {"a": "A", "b": "B", "c": "C", "x": "3 > 1 = 2"}, _of(("Q", "C", 1.0), ("Q", "A", 0.25), ("Q", "B", 0.25))),
+    ("responses: 'r[*].t'\nlabel: {field: x, ranking: best_first, names: 'r[*].id'}",
+     {"r": [{"t": "A", "id": 7}, {"t": "B", "id": "u"}, {"t": "C", "id": 9.0}], "x": ["U", "9"]},
+     [("response 0", "missing_label"), *_of(("Q", "B", 1.0), ("Q", "C", 0.0))]),
+    ("responses: r\nlabel: {field: x, ranking: best_first, names: 0}", {"r": ["A", "B"], "x": [1, 0]},
+     _of(("Q", "B", 1.0), ("Q", "A", 0.0))),
+    ("responses: r\nlabel: {field: x, ranking: best_first, names: 1}", {"r": ["A", "B"], "x": [1, 0]}, "invalid_label"),
+    ("responses: r\nlabel: {field: x, ranking: best_first}", {"r": {"a": "A", "b": "B"}, "x": ["a", "a"]},
+     "invalid_label"),
+    ("responses: r\nlabel: {field: x, ranking: best_first}", {"r": {"a": "A", "b": "B"}, "x": None}, "missing_label"),
+    ("responses: r\nlabel: {field: x, ranking: best_first, missing: none}", {"r": {"a": "A", "b": "B"}, "x": "None"},
+     "missing_label"),
+    ("responses: r\nlabel: {field: x, ranking: best_first}", {"r": {"a": "A"}, "x": [{"a": 1}]}, "wrong_type"),
+    ("responses: r\nlabel: {field: x, ranking: best_first, names: n}", {"r": ["A", "B"], "n": ["a"], "x": ["a"]},
+     "wrong_shape"),
+    ("responses: r\nlabel: {field: x, ranking: best_first, names: n}", {"r": ["A", "B"], "n": ["a", "A"], "x": ["a"]},
+     "wrong_shape"),
+    ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": {"a": "A", "b": "B"}, "x": [4, 1]},
+     _of(("Q", "A", 1.0), ("Q", "B", 0.25))),
     ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": ["A", "B"], "x": [4]}, "wrong_shape"),
     ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": ["A", "B"], "x": 4}, "wrong_type"),
     ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": ["A", "B"]}, "missing_label"),
@@ -287,6 +352,40 @@ def test_every_annotator_makes_rows_of_their_own(mapping):
     for votes, reason in [([], "missing_label"), (None, "missing_label"), ("a", "wrong_type")]:
         assert _outcome(listed, record | {"votes": votes}) == reason
     assert listed.labels == "first: a; second: b; tie: tie"
+
+
+def test_every_annotator_may_have_seen_another_order(mapping):
+    record = {"q": "Q", "a": "A", "b": "B", "ann": "1", "bob": "1", "ann order": "AB", "bob order": "BA"}
+    columns = mapping(
+        "prompt: q\nfirst: a\nsecond: b\n"
+        "label: {annotators: {ann: {ann order: BA}, bob: {bob order: BA}}, winner: {first: 1, second: 2}}"
+    )
+    ann, bob = annotator("ann"), annotator("bob")
+    expected = {("A", 1.0, ann), ("B", 0.0, ann), ("B", 1.0, bob), ("A", 0.0, bob)}
+    assert {(r["response"], r["reward"], r["labeller"]) for r in _rows(columns, record)} == expected
+    listed = mapping(
+        "prompt: q\nfirst: a\nsecond: b\nlabel: {each: votes, field: annotation.v, by: annotation.u, "
+        "winner: {first: 1, second: 2}, swapped: {annotation.flip: [yes, 1]}}"
+    )
+    votes = [{"u": "ann", "v": 1, "flip": False}, {"u": "bob", "v": 1, "flip": True}, {"u": "cy", "v": 1}]
+    assert {(r["response"], r["reward"], r["labeller"]) for r in _rows(listed, record | {"votes": votes})} == expected
+    assert _outcome(listed, record | {"votes": votes})[-1] == ("votes[2]", "missing_field")
+    assert "turned round" in listed.labels
+
+
+def test_annotations_are_no_field_of_the_record(una_here, tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"q": "Q", "a": "A", "votes": [{"u": "ann", "v": 5}]}\n')
+    text = "prompt: q\nresponse: a\nlabel: {each: votes, field: annotation.v, by: annotation.u, stars: 5}"
+    (tmp_path / "m.yaml").write_text(text)
+    code, out, err = una_here("inspect", tmp_path / "x.jsonl", "--mapping", tmp_path / "m.yaml", "--json")
+    assert code == 0, err
+    assert json.loads(out.strip().splitlines()[-1])["files"][0]["rejected"] == {}
+
+
+def test_a_share_stays_in_the_metadata_as_it_was_given(mapping):
+    made = mapping("prompt: q\nresponse: r\nlabel: {field: x, score: [0, 5]}")
+    (row,) = _rows(made, {"q": "Q", "r": "A", "x": "4/5"})
+    assert (row["raw_reward"], json.loads(row["metadata"])) == (4.0, {"label": "4/5"})
 
 
 def test_policies_apply(mapping):
@@ -402,6 +501,18 @@ WRONG = [  # the YAML, what the error says, and whether the JSON Schema can say 
     ("prompt: {field: q, split: {Human: human}}\ndemonstration: d", "prompt.split.Human: 'human' is not valid", True),
     ("prompt: {turns: [{user: a, assistant: b}]}\ndemonstration: d", "prompt.turns[0]: expected one of", True),
     ("prompt: {fields: [a, b], optional: [c]}\ndemonstration: d", "'c' is none of fields", False),
+    ("prompt: q\nresponses: r\nlabel: {field: x, ranking: best}", "label.ranking: 'best' is not valid", True),
+    ("prompt: q\nresponses: r\nlabel: {field: x, ranking: best_first, names: 2}", "label.names: 2 is not valid", True),
+    ("prompt: q\nresponses: [a, b]\nlabel: {field: x, ranking: best_first, names: [a]}", "1 names for 2", False),
+    ("prompt: q\nresponses: [a, [b]]\nlabel: {field: x, ranking: best_first}", "label.names: missing", False),
+    ("prompt: q\nresponses: [a, b]\nlabel: {fields: [x, y], ranking: best_first}", "ranking needs field", False),
+    ("prompt: q\nresponses: r\nlabel: {field: x, rank: 1, names: n}", "label.names: only with ranking", False),
+    (_OK + "label: {field: x, stars: 5, swapped: {o: BA}}", "are for first and second only", False),
+    (_PAIR + "label: {field: x, sign: plus}", "label.sign: 'plus' is not valid", True),
+    (_PAIR + "label: {field: x, sign: positive, swapped: {}}", "label.swapped: expected at least one key", True),
+    (_PAIR + "label: {field: x, sign: positive, swapped: {o: {matches: '('}}}", "label.swapped.o.matches", False),
+    (_PAIR + "label: {field: x, winner: {first: {path: a}, second: b}}", "label.winner.first.path: no such key", True),
+    (_PAIR + "label: {annotators: {x: {o: BA}}, sign: positive, swapped: {o: BA}}", "not with orders of annot", False),
     (_OK + "label: {field: x, stars: 5}\nlabeller: evaluator", "does not match ^(human", True),
     (_OK + "label: {field: x, stars: 5}\nwhere: {x: {over: 3}}", "where.x.over: no such key", True),
     (_OK + "label: {field: x, stars: 5}\nwhere: {x: {matches: '('}}", "where.x.matches", False),
@@ -581,6 +692,11 @@ _FUZZED = [
     "prompt: p\nresponses: r\nlabel: {field: x, scale: sigmoid, better: lower}",
     "each: r\nprompt: [p, s]\nresponse: item\nlabel: {field: x, thumbs: {good: [good, 1], bad: [A, 0]}}",
     "demonstration: {rounds: {user: p, assistant: r, count: x}}\nmetadata: {m: m, s: s}",
+    "prompt: p\nresponses: r\nlabel: {field: x, ranking: worst_first, missing: A}",
+    "prompt: p\nresponses: r\nlabel: {field: x, ranking: best_first, names: m}",
+    "prompt: p\nfirst: r\nsecond: s\n"
+    "label: {field: x, winner: {first: {field: m}, second: A}, swapped: {s: {above: 1}}}",
+    "prompt: p\nfirst: r\nsecond: s\nlabel: {annotators: {x: {m: 1}, s: {p: {present: true}}}, sign: negative}",
     "prompt: p\nfirst: r\nsecond: s\nlabel: {one_hot: {first: 'x[0]', second: 'x[1]'}}",
 ]
 

@@ -212,6 +212,84 @@ def test_an_object_may_wrap_the_array(tmp_path, text, records, caplog):
     assert ("the records are its" in caplog.text) == unwrapped
 
 
+ROWS = [{"prompt": f"p{i}", "chosen": "a", "rejected": None, "n": i} for i in range(3)]
+TURN = {"role": "user", "content": "Q"}
+SIDES = {"chosen": [TURN, TURN], "rejected": [TURN, TURN]}
+
+
+def _columns(rows):
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+TABLES = {
+    "columns": ({name: dict(zip("089", values, strict=True)) for name, values in _columns(ROWS).items()}, ROWS),
+    "index": (dict(zip("089", ROWS, strict=True)), ROWS),
+    "split": ({"columns": [*ROWS[0]], "index": ["x", "y", "z"], "data": [[*row.values()] for row in ROWS]}, ROWS),
+    "lists of conversations": ({name: [value] * 2 for name, value in SIDES.items()}, [SIDES] * 2),
+    "long lists": (_columns(ROWS * 34), ROWS * 34),
+}
+RECORDS = {
+    "two conversations": SIDES,
+    "two turns": {"chosen": TURN, "rejected": TURN},
+    "short lists": _columns(ROWS),
+    "lists of two lengths": {"a": ["x"] * 200, "b": ["x"] * 201},
+    "two long conversations": {"a": [TURN] * 200, "b": [TURN] * 200},
+    "objects by name": {"a": ROWS[0], "b": ROWS[1]},
+    "numbers in two ways": {"0": {"0": 1, "1": 2}, "1": {"0": 3, "1": 4}},
+    "objects of different keys": {"a": {"0": 1, "1": 2}, "b": {"0": 1, "2": 2}},
+    "data of other widths": {"columns": ["a"], "data": [[1], [2, 3]]},
+    "a text beside lists": {"prompt": "Q", "a": ["x"] * 200},
+}
+
+
+@pytest.mark.parametrize(("value", "rows"), TABLES.values(), ids=TABLES.keys())
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_object_that_is_a_table(tmp_path, value, rows, indent):
+    (tmp_path / "x.json").write_text(json.dumps(value, indent=indent), "utf-8")
+    raws = read(tmp_path / "x.json")
+    assert [raw.value for raw in raws] == rows
+    assert [raw.position for raw in raws] == [*range(1, len(rows) + 1)]
+    assert [json.loads(raw.payload) for raw in raws] == rows
+    (tmp_path / "x.json").write_text(json.dumps(value, indent=2) + json.dumps(value, indent=2), "utf-8")
+    assert [raw.value for raw in read(tmp_path / "x.json")] == [value, value]  # two of them are two records
+
+
+@pytest.mark.parametrize("value", RECORDS.values(), ids=RECORDS.keys())
+def test_a_record_is_no_table(tmp_path, value):
+    (tmp_path / "x.json").write_text(json.dumps(value, indent=1), "utf-8")
+    assert [raw.value for raw in read(tmp_path / "x.json")] == [value]
+
+
+def test_what_pandas_writes(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    for orient in ("columns", "index", "split", "table", "records"):
+        pandas.DataFrame(ROWS).to_json(tmp_path / "x.json", orient=orient)
+        found = [{k: v for k, v in raw.value.items() if k != "index"} for raw in read(tmp_path / "x.json")]
+        assert found == ROWS, orient
+
+
+def test_two_columns_of_one_name_in_a_table(tmp_path):
+    (tmp_path / "x.json").write_text('{"columns": ["a", "a"], "data": [[1, 2]]}')
+    with pytest.raises(UserError, match="two columns are called 'a'"):
+        read(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"a": 1, "b": 2, "a": 3}', "a"),
+        ('{"a": 1, "a": 1}', None),
+        ('{"m": [{"x": {"k": "one", "k": "two"}}]}', "k"),
+        ('{"a": "\\"b\\": 1, \\"b\\": 2"}', None),
+        ('{"a": NaN, "b": 1e999}', None),
+        ('{"a": 1, "a": ', None),
+        ("[" * 100_000, None),
+    ],
+)
+def test_a_key_that_is_there_twice(text, key):
+    assert readers.twice(text.encode()) == key
+
+
 def test_json_lines_named_json_stay_lines_whatever_their_length(tmp_path):
     lines = [{"a": "x" * 100_000}, {"a": 1}]
     (tmp_path / "x.json").write_text("\n".join(map(json.dumps, lines)))

@@ -1,6 +1,8 @@
 """How files are understood: confidence, ambiguity, drafts of mappings, records tried again, and counts of policies."""
 
 import json
+import subprocess
+import sys
 
 import pyarrow.parquet as pq
 import pytest
@@ -103,3 +105,33 @@ def test_a_record_that_says_more_than_its_file_is_not_read_without_that(una_here
     assert code == 0, err
     summary = json.loads(out.strip().splitlines()[-1])
     assert (summary["accepted"], summary["rejected"]) == (4, {"wrong_shape": 1})
+
+
+def test_what_may_be_a_table_or_a_record_is_refused_with_a_cure(una_here, tmp_path, monkeypatch):
+    columns = {name: [pair[name] for pair in PAIRS] for name in PAIRS[0]}
+    rows = {f"q{i}": {"asked": "x", "said": "y", "good": 1} for i in range(3)}
+    monkeypatch.chdir(tmp_path)
+    for value, what in ((columns, "3 lists of 8 values"), (rows, "3 objects with the same fields")):
+        (tmp_path / "x.json").write_text(json.dumps(value))
+        code, _, err = una_here("inspect", "x.json")
+        assert (code, what in err) == (1, True), err
+        program = err.split('python -c "')[1].split('"')[0].replace("FILE", "x.json")
+        subprocess.run([sys.executable, "-c", program], check=True)
+        made = json.loads((tmp_path / "rows.json").read_text())
+        assert made == (PAIRS if value is columns else [{"id": key} | row for key, row in rows.items()])
+    chosen = json.dumps({name: [{"role": "user", "content": "Q"}, {"role": "assistant", "content": name}]
+                         for name in ("chosen", "rejected")})  # fmt: skip
+    (tmp_path / "x.json").write_text(chosen)
+    code, out, err = una_here("inspect", "x.json")
+    assert (code, "trl_preference" in out) == (0, True), err
+
+
+def test_a_key_that_is_there_twice_is_told(una_here, tmp_path):
+    lines = [json.dumps(pair) for pair in PAIRS]
+    lines[2] = lines[2].replace('"chosen"', '"chosen": "lost", "chosen"')
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    code, _, err = una_here("inspect", tmp_path / "x.jsonl")
+    assert code == 0
+    assert "record 3 holds the key 'chosen' twice in one object, with two values; the last is read" in err
+    (tmp_path / "x.jsonl").write_text("\n".join(lines[:2]))
+    assert "twice" not in una_here("inspect", tmp_path / "x.jsonl")[2]

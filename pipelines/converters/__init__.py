@@ -15,11 +15,14 @@ from pipelines.converters import (
     datasets,
     judges,
     llama_factory,
+    model_feedback,
+    oasst,
+    open_webui,
+    preferences,
     public,
     tools,
     traces,
     trainers,
-    trees,
     trl,
 )
 from pipelines.converters.base import Converter, LeftOut, Policy, Record
@@ -28,7 +31,10 @@ from pipelines.converters.messages import SYSTEM
 __all__ = ["CONVERTERS", "Converter", "LeftOut", "Policy", "detect", "first_match", "nearest"]
 
 # The most specific shapes first: the first converter that matches a record names its format.
-_FAMILIES = (tools, traces, trees, judges, datasets, public, trainers, chat_apis, columns, llama_factory, trl)
+_FAMILIES = (
+    *(tools, traces, oasst, open_webui, judges, preferences, datasets, model_feedback, public),
+    *(trainers, chat_apis, columns, llama_factory, trl),
+)
 _TOOLS = frozenset((*tools.CONVERTERS, *traces.CONVERTERS))
 CONVERTERS: dict[str, Converter] = {c.name: c for family in _FAMILIES for c in family.CONVERTERS}
 

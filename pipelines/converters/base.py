@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +51,10 @@ class Policy:
         if not any(weights) or not all(math.isfinite(w) for w in weights):
             raise UsageError("helpsteer_weights: give finite weights, at least one of them not zero")
 
+    def __hash__(self) -> int:
+        """Of the choices that are words: equal policies have equal ones."""
+        return hash((self.objective, *(getattr(self, name) for name in CHOICES)))
+
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -92,7 +96,9 @@ class Texts:
 class Converter:
     """A format: how to know a record of it, and how to turn one into rows.
 
-    `convert(record, source, policy)` returns the record's rows, or raises `Reject`.
+    `convert(record, source, policy)` returns the record's rows, or raises `Reject`. Where a record is nothing without
+    the others of its file, `of_file(records, source, policy)` is given all of them once per process, and returns what
+    converts one of them.
     """
 
     name: str
@@ -105,3 +111,4 @@ class Converter:
     texts: Texts | None = (
         None  # for such records, `convert` makes the rows of `schemas.feedback.text_rows`, only slower
     )
+    of_file: Callable[[Iterable[Record], str, Policy], Callable[[Record], list[Row | LeftOut]]] | None = None

@@ -119,7 +119,8 @@ def renamed(record: Record, columns: Mapping[str, str]) -> Record:
 def refusal(record: Record) -> str:
     """Why a record of a known shape holds no feedback that could be read, in a sentence; '' if there is no such."""
     if has(record, "text", "label") and isinstance(record["label"], list):
-        return "`label` is a list of unnamed numbers, as in SteerLM's regression files; give HelpSteer2 or OASST itself"
+        told = "`label` is a list of unnamed numbers, and `text` is not in the template of SteerLM's regression files"
+        return f'{told}; describe it with --mapping, where field: "label[4]" is the fifth of them'
     if record.get("type") == "scalar_feedback" and has(record, "output", "reward"):
         return "`reward` has no known scale, as in HALOs' scalar feedback; say its range in a mapping"
     if "text" in record and not judged(record) and not any(name in record for name in (*_ASKED, "messages")):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipelines.converters.base import LeftOut, Policy, Record, note
-from pipelines.converters.labels import annotator, compared, is_missing, objectives, ranked, rated, some, thumbed
+from pipelines.converters.labels import compared, is_missing, objectives, ranked, rated, some, thumbed
 from pipelines.converters.messages import answer, answered, messages, refuse_media, show, text
 from schemas.errors import Reject
 from schemas.feedback import Message, Row, demonstration, unlabelled
@@ -407,20 +407,6 @@ def _ranking(value: list[Any], of: Texts, question: str, policy: Policy, **about
     return ranked(of.prompt, entries, policy, lower_is_better=True, where=f"{question}.rank", **about)
 
 
-def person(user: Any) -> str:
-    """The labeller of a user id; `human` where there is none."""
-    if is_missing(user, ("None",)):
-        return "human"
-    if not isinstance(user, str | int):
-        raise Reject("wrong_type", f"expected the id of a person, got {show(user)}")
-    return annotator(user)
-
-
-def judge(name: Any, otherwise: str) -> str:
-    """The labeller of a model by its name."""
-    return f"judge:{name if isinstance(name, str) and name.strip() else otherwise}"
-
-
 def parsed(value: Any) -> Any:
     """What a text says as JSON; other values, and texts that are not JSON, as they are."""
     if not isinstance(value, str):
@@ -439,7 +425,7 @@ def mapping_in(value: Any, where: str) -> Record:
     return held
 
 
-def listed(value: Any, where: str) -> list[Record]:
+def objects_in(value: Any, where: str) -> list[Record]:
     """A list of objects; null is an empty one."""
     entries = [] if value is None else value
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

@@ -6,30 +6,24 @@ judge wrote to explain itself.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipelines.converters.base import Converter, LeftOut, Policy, Record
-from pipelines.converters.labels import annotator, compared, is_missing, objectives, preferred, rated, some
+from pipelines.converters.labels import (
+    Made,
+    annotator,
+    compared,
+    each_objective,
+    is_missing,
+    judge,
+    preferred,
+    rated,
+    some,
+)
 from pipelines.converters.messages import conversation, facts, has, needed, number, pair, show, text, texts
 from schemas.errors import Reject
-from schemas.feedback import Message, Row
-
-Made = list[Row | LeftOut]
-
-
-def each_objective(names: Sequence[str], source: str, policy: Policy, make: Callable[[str, str], Made]) -> Made:
-    """The rows of every judgement asked for, `make(name, source)`; where all are, each has a source of its own.
-
-    A judgement that cannot be used is left out; `Reject` if none can.
-    """
-    made: Made = []
-    for name in objectives(names, policy):
-        try:
-            made += make(name, f"{source}:{name}" if policy.objective == "all" else source)
-        except Reject as error:
-            made.append(LeftOut(name, error.reason, error.detail))
-    return some(made)
+from schemas.feedback import Message
 
 
 def needs_join(what: str) -> Callable[[Record, str, Policy], Made]:
@@ -93,10 +87,8 @@ def _preference(value: Any) -> float:
 
 
 def _annotated_by(record: Record) -> str | None:
-    judge, person = record.get("annotator"), record.get("annotator_index")
-    if isinstance(judge, str) and judge.strip():
-        return f"judge:{judge}"
-    return None if is_missing(person) else annotator(person)
+    index = record.get("annotator_index")
+    return judge(record.get("annotator")) or (None if is_missing(index) else annotator(index))
 
 
 _PANDALM = {"1": 1.0, "2": 0.0, "0": 0.5, "tie": 0.5, "garbage": None}
@@ -253,8 +245,8 @@ def _turns(*said: str) -> list[Message]:
 
 def _judge(record: Record) -> str:
     """The judge of a record, `[model, template]`."""
-    judge = needed(record, "judge")
-    model = judge[0] if isinstance(judge, list) and judge else judge
+    given = needed(record, "judge")
+    model = given[0] if isinstance(given, list) and given else given
     return f"judge:{text(model, 'judge')}"
 
 
@@ -328,9 +320,8 @@ def _wild(record: Record, source: str) -> tuple[list[Message], Record, dict[str,
     if not isinstance(result, dict):
         raise Reject("wrong_type", f"parsed_result: expected an object, got {show(result)}")
     config = record.get("eval_config")
-    judge = config.get("gpt") if isinstance(config, dict) else None
     about = facts(record, "session_id", "generator", "ref_generator") | facts(result, "choice")
-    who = f"judge:{judge}" if isinstance(judge, str) else None
+    who = judge(config.get("gpt")) if isinstance(config, dict) else None
     return prompt, result, {"source": source, "labeller": who, "metadata": about}
 
 

@@ -3,21 +3,36 @@ that are missing. Arithmetic only; reading the fields is `messages`' work.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations, pairwise
 from typing import Any
 
-from pipelines.converters.base import LeftOut, Policy, note
-from pipelines.converters.messages import number, scaled, verdict
+from pipelines.converters.base import LeftOut, Policy, Record, note
+from pipelines.converters.messages import number, scaled, show, verdict
 from schemas.errors import Reject
 from schemas.feedback import Message, Row, comparison, score, thumb, unlabelled
 
+Made = list[Row | LeftOut]
 _NOBODY = {"labeller": None}  # gave no label
 
 
 def annotator(user: object) -> str:
     """The labeller of a person: a hash, so that nobody's name or address is published."""
     return "human:" + hashlib.blake2b(str(user).encode("utf-8", "backslashreplace"), digest_size=6).hexdigest()
+
+
+def person(user: Any) -> str:
+    """The labeller of a user id; `human` where there is none."""
+    if is_missing(user, ("None",)):
+        return "human"
+    if not isinstance(user, str | int):
+        raise Reject("wrong_type", f"expected the id of a person, got {show(user)}")
+    return annotator(user)
+
+
+def judge(name: Any) -> str | None:
+    """The labeller of a model by its name; None where there is none."""
+    return f"judge:{name}" if isinstance(name, str) and name.strip() else None
 
 
 def objectives(names: Sequence[str], policy: Policy) -> list[str]:
@@ -29,6 +44,20 @@ def objectives(names: Sequence[str], policy: Policy) -> list[str]:
     return [policy.objective]
 
 
+def each_objective(names: Sequence[str], source: str, policy: Policy, make: Callable[[str, str], Made]) -> Made:
+    """The rows of every judgement asked for, `make(name, source)`; where all are, each has a source of its own.
+
+    A judgement that cannot be used is left out; `Reject` if none can.
+    """
+    made: Made = []
+    for name in objectives(names, policy):
+        try:
+            made += make(name, f"{source}:{name}" if policy.objective == "all" else source)
+        except Reject as error:
+            made.append(LeftOut(name, error.reason, error.detail))
+    return some(made)
+
+
 # --- one or two responses ----------------------------------------------------------------------
 
 
@@ -37,6 +66,17 @@ def is_missing(value: Any, sentinels: Iterable[Any] = ()) -> bool:
     if value is None or (isinstance(value, str) and not value.strip()):
         return True
     return any(value == s or (isinstance(value, str) and value.strip() == str(s)) for s in sentinels)
+
+
+def yes(value: Any, where: str) -> float | None:
+    """1 or 0 for a yes or no; None where nobody said."""
+    return None if is_missing(value) else float(verdict(value, where))
+
+
+def numbers_of(record: Record, *names: str) -> tuple[float | None, float | None]:
+    """The numbers of the two sides, as far as they are given."""
+    first, second = (None if is_missing(record.get(name)) else number(record[name], name) for name in names)
+    return first, second
 
 
 def compared(
@@ -112,9 +152,16 @@ def _missing(what: str, policy: Policy) -> None:
 # --- k responses -------------------------------------------------------------------------------
 
 Entry = tuple[str, Any]  # a response, and its rank or score
+Of = list[tuple[int, Row | LeftOut]]  # what was made, each of which entry
+_Placed = tuple[int, str, float]  # which entry, its response and its value
 
 
-def ranked(
+def ranked(prompt: list[Message], entries: Sequence[Entry], policy: Policy, **how: Any) -> list[Row | LeftOut]:
+    """`standings` without the places of the entries; `Reject` where nothing is left."""
+    return some([one for _, one in standings(prompt, entries, policy, **how)], "no two responses are ranked")
+
+
+def standings(
     prompt: list[Message],
     entries: Sequence[Entry],
     policy: Policy,
@@ -123,27 +170,28 @@ def ranked(
     where: str = "rank",
     sentinels: Iterable[Any] = (),
     **facts: Any,
-) -> list[Row | LeftOut]:
-    """The responses of a prompt that were ranked against each other, as `policy.rank_as` says.
+) -> Of:
+    """The responses of a prompt that were ranked against each other, as `policy.rank_as` says, each with its place in
+    `entries`; a comparison with that of the worse response.
 
     `scores`: a scalar row each, whose reward is the share of the other places that are worse: 1 for the best, 0 for the
     worst, and the middle of their places for equal ones. Otherwise comparisons: of neighbours, of all pairs, or of the
-    best with each other. What cannot be used is a `LeftOut`; `Reject` where nothing is left.
+    best with each other. What cannot be used is a `LeftOut`.
     """
-    made: list[Row | LeftOut] = []
-    usable: list[tuple[str, float]] = []
+    made: Of = []
+    usable: list[_Placed] = []
     for i, (response, value) in enumerate(entries):
         try:
             if is_missing(value, sentinels):
                 _missing(f"{where} is {value!r}", policy)
-                made += unlabelled(prompt, response, **(facts | _NOBODY))
+                made += [(i, row) for row in unlabelled(prompt, response, **(facts | _NOBODY))]
             else:
-                usable.append((response, number(value, where)))
+                usable.append((i, response, number(value, where)))
         except Reject as error:
-            made.append(LeftOut(f"response {i}", error.reason, error.detail))
-    usable.sort(key=lambda entry: entry[1] if lower_is_better else -entry[1])
+            made.append((i, LeftOut(f"response {i}", error.reason, error.detail)))
+    usable.sort(key=lambda entry: entry[2] if lower_is_better else -entry[2])
     made += _places(prompt, usable, **facts) if policy.rank_as == "scores" else _pairs(prompt, usable, policy, **facts)
-    return some(made, "no two responses are ranked")
+    return made
 
 
 def some(made: list[Row | LeftOut], otherwise: str = "nothing in the record can be used") -> list[Row | LeftOut]:
@@ -156,33 +204,34 @@ def some(made: list[Row | LeftOut], otherwise: str = "nothing in the record can 
     raise Reject(first.reason, f"{first.part}: {first.detail}; {otherwise}")
 
 
-def _places(prompt: list[Message], best_first: list[tuple[str, float]], **facts: Any) -> list[Row | LeftOut]:
-    values = [value for _, value in best_first]
-    made: list[Row | LeftOut] = []
+def _places(prompt: list[Message], best_first: list[_Placed], **facts: Any) -> Of:
+    values = [value for _, _, value in best_first]
+    made: Of = []
     if len(values) < 2:
-        return [LeftOut("response", "missing_label", "it is ranked against no other") for _ in values]
-    for i, (response, value) in enumerate(best_first):
+        alone = LeftOut("response", "missing_label", "it is ranked against no other")
+        return [(i, alone) for i, _, _ in best_first]
+    for at, (i, response, value) in enumerate(best_first):
         place = values.index(value) + (values.count(value) - 1) / 2  # 0 for the best
         try:
-            made += score(prompt, response, 1 - place / (len(values) - 1), raw_reward=value, **facts)
+            rows = score(prompt, response, 1 - place / (len(values) - 1), raw_reward=value, **facts)
+            made += [(i, row) for row in rows]
         except Reject as error:
-            made.append(LeftOut(f"place {i}", error.reason, error.detail))
+            made.append((i, LeftOut(f"place {at}", error.reason, error.detail)))
     return made
 
 
-def _pairs(
-    prompt: list[Message], best_first: list[tuple[str, float]], policy: Policy, **facts: Any
-) -> list[Row | LeftOut]:
+def _pairs(prompt: list[Message], best_first: list[_Placed], policy: Policy, **facts: Any) -> Of:
     pairs = {
         "adjacent": pairwise(best_first),
         "all": combinations(best_first, 2),
         "best_vs_rest": ((best_first[0], other) for other in best_first[1:]),
     }[policy.rank_as]
-    made: list[Row | LeftOut] = []
-    for (better, first), (worse, second) in pairs:
+    made: Of = []
+    for (_, better, first), (i, worse, second) in pairs:
         try:
             p = 0.5 if first == second else 1.0
-            made += compared(prompt, better, worse, p, policy, raw=(first, second), **facts)
+            rows = compared(prompt, better, worse, p, policy, raw=(first, second), **facts)
+            made += [(i, row) for row in rows]
         except Reject as error:
-            made.append(LeftOut(f"{first:g} against {second:g}", error.reason, error.detail))
+            made.append((i, LeftOut(f"{first:g} against {second:g}", error.reason, error.detail)))
     return made

@@ -78,6 +78,26 @@ def texts(record: dict[str, Any], *names: str) -> list[str]:
     return [text(needed(record, name), name) for name in names]
 
 
+def listed(value: Any, where: str) -> list[Any]:
+    """A list; a string, as CSV gives it, must be the JSON of one."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise Reject("wrong_type", f"{where}: expected a list, got {show(value)}, which is no JSON") from None
+    if not isinstance(value, list):
+        raise Reject("wrong_type", f"{where}: expected a list, got {show(value)}")
+    return value
+
+
+def aligned(record: dict[str, Any], *names: str) -> list[list[Any]]:
+    """Lists of one length."""
+    lists = [listed(needed(record, name), name) for name in names]
+    if len({len(values) for values in lists}) > 1:
+        raise Reject("wrong_shape", f"{' and '.join(names)} hold {', '.join(str(len(v)) for v in lists)} values")
+    return lists
+
+
 def structure(value: Any, where: str) -> dict[str, Any]:
     """An object, unchanged."""
     if not isinstance(value, dict):
@@ -256,6 +276,11 @@ def conversation(value: Any, where: str) -> list[Message]:
     if isinstance(value, str):
         return [Message(role="user", content=value)]
     return messages(value, where)
+
+
+def asked(record: dict[str, Any], name: str) -> list[Message]:
+    """A prompt that must be text: one user turn."""
+    return conversation(text(needed(record, name), name), name)
 
 
 def side(value: Any, where: str) -> list[Message]:

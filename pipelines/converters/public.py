@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from pipelines.converters.base import HELPSTEER_ATTRIBUTES, Converter, LeftOut, Policy, Record
-from pipelines.converters.labels import compared
+from pipelines.converters.labels import compared, some
 from pipelines.converters.messages import (
     SYSTEM_FIELD,
     conversation,
@@ -80,10 +80,7 @@ def _ultrafeedback(record: Record, source: str, policy: Policy) -> list[Row | Le
             made += _rated(prompt, completion, facts(record, "source"), source, policy)
         except Reject as error:
             made.append(LeftOut(f"completions[{i}]", error.reason, error.detail))
-    first = made[0]
-    if isinstance(first, LeftOut) and all(isinstance(m, LeftOut) for m in made):
-        raise Reject(first.reason, f"{first.part}: {first.detail}; no completion could be used")
-    return made
+    return some(made, "no completion could be used")
 
 
 def _rated(prompt: list[Message], completion: Any, about: dict[str, Any], source: str, policy: Policy) -> list[Row]:
@@ -194,14 +191,14 @@ def _helpsteer(record: Record, source: str, policy: Policy) -> list[Row | LeftOu
     prompt = marked(text(needed(record, "prompt"), "prompt"))
     response = text(needed(record, "response"), "response")
     attributes = {name: _attribute(needed(record, name), name) for name in HELPSTEER_ATTRIBUTES}
-    raw, reward = _weighed(attributes, policy.helpsteer_weights)
+    raw, reward = weighed(attributes, policy.helpsteer_weights)
     return [*score(prompt, response, reward, source=source, raw_reward=raw, labeller="human", metadata=attributes)]
 
 
-def _weighed(attributes: Mapping[str, int], weights: Mapping[str, float]) -> tuple[float, float]:
-    """The weighted sum, and its place in [0, 1]; exact, so that .65, .8 and .45 add up to 1.9."""
+def weighed(attributes: Mapping[str, float], weights: Mapping[str, float]) -> tuple[float, float]:
+    """The weighted sum of attributes from 0 to 4, and its place in [0, 1]; exact: .65, .8 and .45 add up to 1.9."""
     exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
-    raw = sum((weight * attributes[name] for name, weight in exact.items()), Fraction())
+    raw = sum((weight * Fraction(str(attributes[name])) for name, weight in exact.items()), Fraction())
     low = 4 * sum((weight for weight in exact.values() if weight < 0), Fraction())
     high = 4 * sum((weight for weight in exact.values() if weight > 0), Fraction())
     return float(raw), float((raw - low) / (high - low))

@@ -16,20 +16,18 @@ from pipelines.converters.judgements import (
     has_response,
     is_clear,
     is_verdict,
-    judge,
     judgement_rows,
-    listed,
     mapping_in,
     name_of,
     named,
     numbered_end,
+    objects_in,
     parsed,
-    person,
     prompt_of,
     rows_of,
     texts,
 )
-from pipelines.converters.labels import is_missing
+from pipelines.converters.labels import is_missing, judge, person
 from pipelines.converters.messages import facts, has, judged, needed, show, text
 from schemas.errors import Reject
 from schemas.feedback import Row
@@ -52,7 +50,9 @@ def _argilla(record: Record, source: str, policy: Policy) -> list[Row | LeftOut]
     said = _nested_answers(responses, pending)
     suggestions = record.get("suggestions")
     if not isinstance(suggestions, dict):
-        suggestions = {name_of(s.get("question_name"), "question_name"): s for s in listed(suggestions, "suggestions")}
+        suggestions = {
+            name_of(s.get("question_name"), "question_name"): s for s in objects_in(suggestions, "suggestions")
+        }
     return _argilla_rows(record, of, said, suggestions, source, policy)
 
 
@@ -62,11 +62,11 @@ def _nested_answers(responses: Any, pending: str | None) -> Answers:
         return [
             (question, entry | {"status": entry.get("status") or pending})
             for question, entries in responses.items()
-            for entry in listed(entries, "responses")
+            for entry in objects_in(entries, "responses")
         ]
     return [
         (question, mapping_in(value, "responses.values") | {"user_id": entry.get("user_id"), "status": status})
-        for entry in listed(responses, "responses")
+        for entry in objects_in(responses, "responses")
         for status in [entry.get("status") or pending]
         for question, value in mapping_in(entry.get("values"), "responses.values").items()
     ]
@@ -84,7 +84,7 @@ def _suggested(answers: Answers, suggestions: Record) -> list[Judgement]:
     """The suggestions to questions that nobody has answered or discarded, as a judge's."""
     closed = {question for question, given in answers if given.get("status") not in ("draft", "pending")}
     return [
-        Judgement(name_of(question, "question"), given["value"], judge(given.get("agent"), "suggestion"))
+        Judgement(name_of(question, "question"), given["value"], judge(given.get("agent")) or "judge:suggestion")
         for question, given in suggestions.items()
         if question not in closed and isinstance(given, dict) and not is_missing(given.get("value"))
     ]
@@ -138,7 +138,7 @@ def _argilla_v1(record: Record, source: str, policy: Policy) -> list[Row | LeftO
     questions = [key.removesuffix("-suggestion") for key in record if key.endswith("-suggestion")]
     own = {name for q in questions for name in (q, f"{q}-suggestion", f"{q}-suggestion-metadata")}
     of = texts({key: value for key, value in record.items() if key not in own | {"metadata", "external_id"}})
-    said = [(q, entry) for q in questions for entry in listed(record.get(q), "answers")]
+    said = [(q, entry) for q in questions for entry in objects_in(record.get(q), "answers")]
     agents = {q: mapping_in(record.get(f"{q}-suggestion-metadata"), "suggestion-metadata") for q in questions}
     suggestions = {q: {"value": record[f"{q}-suggestion"], "agent": agents[q].get("agent")} for q in questions}
     return _argilla_rows(record, of, said, suggestions, source, policy)
@@ -157,7 +157,7 @@ def _label_studio(record: Record, source: str, policy: Policy) -> list[Row | Lef
     the tests of https://github.com/modelscope/data-juicer. Left is the first of the names in the result's `to_name`.
     """
     of = texts(mapping_in(needed(record, "data"), "data"), "data.")
-    annotations = listed(needed(record, "annotations"), "annotations")
+    annotations = objects_in(needed(record, "annotations"), "annotations")
     kept = [a for a in annotations if not (a.get("was_cancelled") or a.get("skipped"))]
     said = gathered(kept, "annotations", lambda annotation: _results(annotation, of))
     return rows_of(said, of, source, policy, facts(record, "id"))
@@ -171,7 +171,7 @@ def _results(annotation: Record, of: Texts) -> list[Judgement]:
         Judgement(
             name_of(r.get("from_name"), "from_name"), _value(r.get("value")), labeller, _objects(r, of), metadata=about
         )
-        for r in listed(annotation.get("result"), "annotations.result")
+        for r in objects_in(annotation.get("result"), "annotations.result")
     ]
 
 
@@ -270,7 +270,7 @@ _TASK = ("options", "accept", "answer", "html", "meta", "label", "config")
 
 def _chosen(fields: Record, record: Record, policy: Policy, **about: Any) -> list[Row | LeftOut]:
     """A judgement in words where the fields hold responses, else comparisons of the options."""
-    options = {_option_id(o.get("id")): o.get("text") for o in listed(record["options"], "options")}
+    options = {_option_id(o.get("id")): o.get("text") for o in objects_in(record["options"], "options")}
     accepted = record.get("accept")
     taken = [_option_id(i) for i in accepted] if isinstance(accepted, list) else []
     if not taken:

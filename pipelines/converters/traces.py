@@ -15,19 +15,17 @@ from pipelines.converters.judgements import (
     Texts,
     folded,
     gathered,
-    judge,
-    listed,
     mapping_in,
     name_of,
     named,
+    objects_in,
     parsed,
-    person,
     prompt_of,
     reply,
     rows_of,
     spoken,
 )
-from pipelines.converters.labels import is_missing
+from pipelines.converters.labels import is_missing, judge, person
 from pipelines.converters.messages import answer, facts, has, needed, number, show, verdict
 from schemas.errors import Reject
 from schemas.feedback import Message, Row, demonstration
@@ -168,7 +166,7 @@ def _langsmith(record: Record, source: str, policy: Policy) -> list[Row | LeftOu
     https://github.com/langchain-ai/langsmith-sdk/blob/main/python/langsmith/schemas.py.
     """
     of = call(needed(record, "inputs"), needed(record, "outputs"))
-    entries = listed(record.get("feedback"), "feedback")
+    entries = objects_in(record.get("feedback"), "feedback")
     said = gathered(entries, "feedback", lambda entry: _langsmith_feedback(entry, policy))
     if not entries:
         stats = mapping_in(record.get("feedback_stats"), "feedback_stats")
@@ -184,7 +182,8 @@ def _langsmith_feedback(entry: Record, policy: Policy) -> list[Judgement | LeftO
     """
     key = name_of(needed(entry, "key", "feedback."), "feedback.key")
     about, score = mapping_in(entry.get("feedback_source"), "feedback_source"), entry.get("score")
-    kinds = {"app": person(about.get("user_id")), "model": judge(key, "model"), "auto_eval": judge(key, "model")}
+    model = judge(key) or "judge:model"
+    kinds = {"app": person(about.get("user_id")), "model": model, "auto_eval": model}
     labeller = _labeller(about.get("type"), kinds)
     config = mapping_in(entry.get("feedback_config"), "feedback_config")
     value, better = entry.get("value") if score is None else score, entry.get("correction")
@@ -241,7 +240,7 @@ def _langfuse(record: Record, source: str, policy: Policy) -> list[Row | LeftOut
     if isinstance(scores, list) and any(isinstance(s, str) for s in scores):
         raise Reject("missing_field", f"scores holds ids only: {_JOIN}")
     of = call(needed(record, "input"), needed(record, "output"), ("input", "output"))
-    said = gathered(listed(scores, "scores"), "scores", lambda entry: _langfuse_score(entry, policy))
+    said = gathered(objects_in(scores, "scores"), "scores", lambda entry: _langfuse_score(entry, policy))
     return rows_of(said, of, source, policy, facts(record, "id", "name", "model"))
 
 
@@ -251,7 +250,7 @@ def _langfuse_score(entry: Record, policy: Policy) -> list[Judgement]:
     anybody's.
     """
     name, kind = name_of(needed(entry, "name", "scores."), "scores.name"), entry.get("dataType", "NUMERIC")
-    kinds = {"ANNOTATION": person(entry.get("authorUserId")), "EVAL": judge(name, "model")}
+    kinds = {"ANNOTATION": person(entry.get("authorUserId")), "EVAL": judge(name) or "judge:model"}
     labeller, value, word = _labeller(entry.get("source"), kinds), entry.get("value"), entry.get("stringValue")
     if kind == "TEXT":
         return []
@@ -289,7 +288,7 @@ def _phoenix(record: Record, source: str, policy: Policy) -> list[Row | LeftOut]
     kinds = [record.get(f"attributes.{side}.mime_type") for side in ("input", "output")]
     inputs, outputs = (_encoded(needed(record, name), kind) for name, kind in zip(_SPAN, kinds, strict=True))
     of = call(inputs, outputs, _SPAN)
-    entries = listed(record.get("annotations"), "annotations") or [record]
+    entries = objects_in(record.get("annotations"), "annotations") or [record]
     said = gathered(entries, "annotations", lambda entry: _phoenix_annotation(entry, policy))
     about = {"span_id": record.get("context.span_id"), "model": record.get("attributes.llm.model_name")}
     return rows_of(said, of, source, policy, facts(about, *about))
@@ -302,7 +301,7 @@ def _phoenix_annotation(entry: Record, policy: Policy) -> list[Judgement]:
     if "annotator_kind" not in entry:
         return []
     name = name_of(entry.get("annotation_name", entry.get("name")) or "annotation", "annotation_name")
-    kinds = {"HUMAN": person(entry.get("user_id")), "LLM": judge(name, "model"), "CODE": f"rule:{name}"}
+    kinds = {"HUMAN": person(entry.get("user_id")), "LLM": judge(name) or "judge:model", "CODE": f"rule:{name}"}
     value = label if is_missing(score) else score
     labeller = _labeller(entry["annotator_kind"], kinds)
     return [Judgement(name, value, labeller, scale=unit(name, value, policy))]
@@ -333,7 +332,7 @@ def _root_call(data: Record) -> tuple[Any, Any]:
     """The request and the response of a trace, or those of its root span."""
     if has(data, "request", "response"):
         return _encoded(data["request"]), _encoded(data["response"])
-    spans = listed(needed(data, "spans", "data."), "data.spans")
+    spans = objects_in(needed(data, "spans", "data."), "data.spans")
     root = next((s for s in spans if is_missing(s.get("parent_span_id", s.get("parent_id")))), None)
     if root is None:
         raise Reject("missing_field", "data.spans has no root span")
@@ -350,7 +349,7 @@ def _mlflow_row(record: Record, source: str, policy: Policy) -> list[Row | LeftO
 
 
 def _assessed(given: Any, of: Texts, source: str, policy: Policy, about: Mapping[str, Any]) -> list[Row | LeftOut]:
-    entries = [entry for entry in listed(given, "assessments") if entry.get("valid") is not False]
+    entries = [entry for entry in objects_in(given, "assessments") if entry.get("valid") is not False]
     said = gathered(entries, "assessments", lambda entry: _assessment(entry, policy))
     return rows_of(said, of, source, policy, about)
 
@@ -361,7 +360,7 @@ def _assessment(entry: Record, policy: Policy) -> list[Judgement]:
     """
     name = name_of(entry.get("assessment_name", entry.get("name")), "assessment_name")
     made = mapping_in(entry.get("source"), "source")
-    kinds = {"HUMAN": person(made.get("source_id")), "LLM_JUDGE": judge(made.get("source_id"), name)}
+    kinds = {"HUMAN": person(made.get("source_id")), "LLM_JUDGE": judge(made.get("source_id")) or f"judge:{name}"}
     labeller = _labeller(made.get("source_type"), kinds | {"AI_JUDGE": kinds["LLM_JUDGE"], "CODE": f"rule:{name}"})
     feedback, expected = (mapping_in(entry.get(key), key).get("value") for key in ("feedback", "expectation"))
     if feedback is not None or not is_missing(entry.get("feedback")):

@@ -1,15 +1,13 @@
-"""Files of other trainers: LLaMA-Factory v1, ms-swift, HALOs, NeMo-Aligner, NeMo-RL and TRL's stepwise supervision.
-
-The labeller is unknown, so it stays null. Not read: SteerLM's regression files, whose nine unnamed numbers are
-ratings in one file and signed preferences in another (HelpSteer2 and OASST, of which they are made, are read).
+"""Files of other trainers: LLaMA-Factory v1, ms-swift, HALOs, NeMo-Aligner, SteerLM, NeMo-RL and TRL's stepwise
+supervision. The labeller is unknown, so it stays null.
 """
 
 import json
 import re
 from typing import Any
 
-from pipelines.converters.base import Converter, LeftOut, Policy, Record
-from pipelines.converters.labels import compared, is_missing, ranked, thumbed
+from pipelines.converters.base import HELPSTEER_ATTRIBUTES, Converter, LeftOut, Policy, Record
+from pipelines.converters.labels import compared, is_missing, ranked, rated, thumbed
 from pipelines.converters.messages import (
     SYSTEM_FIELD,
     answer,
@@ -22,14 +20,16 @@ from pipelines.converters.messages import (
     number,
     pair,
     refuse_media,
+    scaled,
     show,
     side,
     text,
     verdict,
     with_system,
 )
+from pipelines.converters.public import weighed
 from schemas.errors import Reject
-from schemas.feedback import Message, Row, comparison, demonstration
+from schemas.feedback import Message, Row, comparison, demonstration, score
 
 # --- LLaMA-Factory v1 --------------------------------------------------------------------------
 
@@ -204,13 +204,64 @@ def _aligner(record: Record, source: str, policy: Policy) -> list[Row | LeftOut]
     return [*compared(turns, first, second, _agreed(1.0, *raw), policy, raw=raw, source=source, metadata=kept(record))]
 
 
-def _templated(prompt: str) -> list[Message]:
+def _templated(prompt: str, where: str = "prompt") -> list[Message]:
     """The turns of a prompt in the `extra_id` template; the empty system turn and the turn to come are no turns."""
     before, *spoken = _TURN.split(prompt)
     if before:
-        raise Reject("wrong_shape", f"prompt: {show(before)} stands before the first turn of the template")
+        raise Reject("wrong_shape", f"{where}: {show(before)} stands before the first turn of the template")
     turns = zip(spoken[::2], spoken[1::2], strict=True)
     return [Message(role=_SPEAKERS[who], content=said) for who, said in turns if said.strip()]
+
+
+# ALL_STEERLM_ATTRIBUTES of common.py: OASST's, then HelpSteer's.
+_STEERLM = ("quality", "toxicity", "humor", "creativity", *HELPSTEER_ATTRIBUTES)
+
+
+def _is_steerlm(record: Record) -> bool:
+    if not has(record, "text", "label") or judged(record, "label"):
+        return False
+    said, label = record["text"], record["label"]
+    return isinstance(label, list | None) and (
+        said is None or (isinstance(said, str) and said.startswith("<extra_id_"))
+    )
+
+
+def _steerlm(record: Record, source: str, policy: Policy) -> list[Row | LeftOut]:
+    """A conversation in the `extra_id` template and nine numbers from 0 to 4 for its last turn; -100 is none.
+
+    Shape, and the order of the attributes: process_to_regression_format.py and common.py in
+    https://github.com/NVIDIA/NeMo-Aligner/tree/main/examples/nlp/data/steerlm. HelpSteer's attributes are weighed as in
+    HelpSteer itself, and those without a weight may be missing. Where none of them is there, the reward is OASST's
+    `quality`, but only beside another attribute of OASST's: in the files that preprocess_helpsteer2_data.py makes of
+    preferences it is alone, and the strength of a preference.
+    """
+    said = text(needed(record, "text"), "text")
+    turns = _templated(said.removesuffix("\n").removesuffix("<extra_id_2>").removesuffix("\n"), "text")
+    prompt, response = answer([], turns, "text")
+    given = needed(record, "label")
+    if not isinstance(given, list) or len(given) != len(_STEERLM):
+        told = f"label: expected {len(_STEERLM)} numbers ({', '.join(_STEERLM)}), got {show(given)}"
+        raise Reject("wrong_shape", f'{told}; a mapping reads one of them: field: "label[0]", score: [0, 4]')
+    values = [None if is_missing(v, (-100,)) else scaled(v, f"label[{i}]", 0, 4)[0] for i, v in enumerate(given)]
+    found = {name: value for name, value in zip(_STEERLM, values, strict=True) if value is not None}
+    about: dict[str, Any] = {"source": source, "metadata": found}
+    if any(name in found for name in HELPSTEER_ATTRIBUTES):
+        return [*_helped(prompt, response, found, policy, about)]
+    if "quality" in found and len(found) == 1:
+        told = "quality is the only attribute: it may be the strength of a preference, as in HelpSteer2's"
+        raise Reject("invalid_label", f"{told}; if it is a rating, read label[0] by a mapping")
+    return [*rated(prompt, response, found.get("quality"), "label[0] (quality)", 0, 4, policy, **about)]
+
+
+def _helped(
+    prompt: list[Message], response: str, found: dict[str, float], policy: Policy, about: dict[str, Any]
+) -> list[Row]:
+    weights = {name: weight for name, weight in policy.helpsteer_weights.items() if weight}
+    if lacking := [name for name in weights if name not in found]:
+        told = f"there is no {' and no '.join(lacking)}, which helpsteer_weights weighs"
+        return rated(prompt, response, None, f"{told}: the score", 0, 4, policy, **about)
+    raw, reward = weighed(found, weights)
+    return score(prompt, response, reward, raw_reward=raw, **about)
 
 
 def _nemo_rl(record: Record, source: str, policy: Policy) -> list[Row | LeftOut]:
@@ -343,6 +394,18 @@ CONVERTERS = [
         },
         required=("prompt", "chosen_response", "rejected_response"),
         labels=f"chosen is better than rejected; the rewards must agree, {_TIES}",
+    ),
+    Converter(
+        name="steerlm",
+        feedback="scalar",
+        matches=_is_steerlm,
+        convert=_steerlm,
+        fields={
+            "text": "prompt, split into turns at <extra_id_0> and <extra_id_1>; the last is the response",
+            "label": f"reward; metadata: {', '.join(_STEERLM)}, in this order",
+        },
+        required=("text", "label"),
+        labels="nine attributes from 0 to 4, -100 is none; HelpSteer's by helpsteer_weights, or OASST's quality",
     ),
     Converter(
         name="nemo_rl",

@@ -16,7 +16,7 @@ from pipelines.mapping import check, paths, values
 from pipelines.mapping.described import feedback_of, fields_of, labels_of
 from pipelines.mapping.drafting import draft
 from pipelines.mapping.joins import Join, index, joined, key_text, resolve
-from pipelines.mapping.judgements import canonical, judge_many, judge_one, judge_two, judgements, known
+from pipelines.mapping.judgements import Judgement, canonical, judge_many, judge_one, judge_two, judgements, known
 from schemas.errors import POLICY_REASONS, Reject, UsageError, UserError
 from schemas.feedback import Message, Row, demonstration
 
@@ -45,7 +45,7 @@ class Mapping:
         """Where the mapping names a field of the record that holds labels or annotators, and that field."""
         if "each" in self.spec:  # a path may lead into the element
             return []
-        joined = {join.name for join in self.joins}
+        joined = {join.name for join in self.joins} | {"annotation"}
         found = [(where, paths.parse(path)[0]) for where, path in check.named_paths(self.spec)]
         of_labels = [(where, str(key)) for where, key in found if where.startswith("label")]
         return [(where, key) for where, key in of_labels if key not in joined]
@@ -203,18 +203,31 @@ def _rows(spec: dict[str, Any], scope: Scope, policy: Policy, **facts: Any) -> l
         return [*demonstration(*_side(spec, scope, prompt, "demonstration"), **facts)]
     if "response" in spec:
         side = _side(spec, scope, prompt, "response")
-        return _by_everyone(spec, scope, facts, lambda v, at, own: judge_one(side, v, at, spec["label"], policy, **own))
+        label = spec["label"]
+        return _by_everyone(
+            spec, scope, facts, lambda said, own: judge_one(side, said.value, said.where, label, policy, **own)
+        )
     if "responses" in spec:
         return _of_several(spec, scope, prompt, policy, facts)
     asked, first, second = _pair(spec, scope, prompt)
     if "chosen" in spec:
         return [*compared(asked, first, second, 1.0, policy, **facts)]
-    return _by_everyone(
-        spec,
-        scope,
-        facts,
-        lambda v, at, own: judge_two(asked, (first, second), v, at, spec["label"], policy, scope, **own),
-    )
+
+    def judge(said: Judgement, own: dict[str, Any]) -> list[Row]:
+        shown = (second, first) if _is_swapped(said) else (first, second)
+        return judge_two(asked, shown, said.value, said.where, spec["label"], policy, said.scope, **own)
+
+    return _by_everyone(spec, scope, facts, judge)
+
+
+def _is_swapped(said: Judgement) -> bool:
+    """Whether the responses were shown in the other order, so that its label calls the second one first."""
+    conditions = said.swapped or {}
+    for path, condition in conditions.items():
+        told = isinstance(condition, dict) and "present" in condition
+        if not told and is_missing(paths.find(said.scope, path)):
+            raise Reject("missing_field", f"{path} is absent or null: in which order were the responses shown?")
+    return bool(conditions) and all(_meets(paths.find(said.scope, p), c, p) for p, c in conditions.items())
 
 
 def _side(spec: dict[str, Any], scope: Scope, prompt: list[Message], where: str) -> tuple[list[Message], str]:
@@ -235,14 +248,14 @@ def _by_everyone(spec: dict[str, Any], scope: Scope, facts: dict[str, Any], judg
     """The rows of every judgement of the record; one of several that cannot be used is left out."""
     found = judgements(scope, spec["label"])
     if "each" not in spec["label"] and "annotators" not in spec["label"]:
-        return [*judge(found[0][1], found[0][0], facts)]
+        return [*judge(found[0], facts)]
     made: list[Row | LeftOut] = []
-    for where, value, labeller in found:
+    for one in found:
         try:
-            made += judge(value, where, facts | ({"labeller": labeller} if labeller else {}))
+            made += judge(one, facts | ({"labeller": one.labeller} if one.labeller else {}))
         except Reject as error:
-            made.append(LeftOut(where, error.reason, error.detail))
-    return _some(made) if made else [*judge(None, spec["label"]["each"], facts)]
+            made.append(LeftOut(one.where, error.reason, error.detail))
+    return _some(made) if made else [*judge(Judgement(spec["label"]["each"], None, None, scope, None), facts)]
 
 
 def _of_several(
@@ -257,5 +270,7 @@ def _of_several(
             sides.append((where, (values.with_system(scope, spec.get("system"), asked), response)))
         except Reject as error:
             sides.append((where, error))
-    ((where, value, _),) = judgements(scope, spec["label"])
-    return judge_many(sides, value, where, spec["label"], policy, **facts)
+    label = spec["label"]
+    (said,) = judgements(scope, label)
+    names = values.names_of(scope, spec["responses"], label.get("names")) if "ranking" in label else ()
+    return judge_many(sides, said.value, said.where, label, policy, names, **facts)

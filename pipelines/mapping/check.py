@@ -38,6 +38,10 @@ def read(file: str) -> Spec:
         _check_label(spec["label"], spec, file)
     _check_names(spec, file)
     _check_conditions(spec.get("where", {}), file)
+    label = spec.get("label", {})
+    _check_conditions(label.get("swapped", {}), file, "label.swapped")
+    for column, orders in label["annotators"].items() if isinstance(label.get("annotators"), dict) else ():
+        _check_conditions(orders, file, f"label.annotators.{column}")
     return spec
 
 
@@ -72,9 +76,20 @@ def named_paths(spec: Spec) -> Iterator[tuple[str, str]]:
         yield from _paths_in(spec.get(key), key)
     kept = spec.get("metadata", [])
     yield from _paths_in(list(kept.values()) if isinstance(kept, dict) else kept, "metadata")
-    for key, inner in spec.get("label", {}).items():
+    label = spec.get("label", {})
+    for key, inner in label.items():
         if key in _LABEL_PATHS:
             yield from _paths_in(inner, f"label.{key}")
+    if isinstance(label.get("names"), str):
+        yield "label.names", label["names"]
+    for key, side in label.get("winner", {}).items():
+        if isinstance(side, dict):
+            yield f"label.winner.{key}", side["field"]
+    yield from (("label.swapped", path) for path in label.get("swapped", {}))
+    if isinstance(label.get("annotators"), dict):
+        for column, conditions in label["annotators"].items():
+            yield "label.annotators", column
+            yield from ((f"label.annotators.{column}", path) for path in conditions)
     for name, join in spec.get("join", {}).items():
         yield from _paths_in(join["on"], f"join.{name}.on")
     for path in spec.get("where", {}):
@@ -178,8 +193,28 @@ def _check_label(label: Spec, spec: Spec, file: str) -> None:
         what = {1: "one response is", 2: "two responses are", 3: "several responses are"}[responses]
         fail(file, f"label.{kind}", f"does not say how {what} judged; use {fitting}")
     _check_where_it_is(label, spec, file, kind)
+    _check_order(label, spec, file, kind)
     _check_scale(label, file, kind)
     _check_values(label, file, kind)
+
+
+def _check_order(label: Spec, spec: Spec, file: str, kind: str) -> None:
+    """Only two responses have an order in which they were shown, and several have names."""
+    orders = [label[k] for k in ("swapped", "annotators") if isinstance(label.get(k), dict)]
+    if orders and "first" not in spec:
+        fail(file, "label", "swapped, and orders of annotators, are for first and second only")
+    if "swapped" in label and isinstance(label.get("annotators"), dict):
+        fail(file, "label.swapped", "not with orders of annotators: say there when each saw the other order")
+    several, names = spec.get("responses"), label.get("names")
+    if kind != "ranking":
+        return
+    if "field" not in label or "fields" in label:
+        fail(file, "label", "ranking needs field: where the list of names is")
+    if isinstance(several, list):
+        if isinstance(names, list) and len(names) != len(several):
+            fail(file, "label.names", f"{len(names)} names for {len(several)} responses")
+        if names is None and not all(isinstance(one, str) for one in several):
+            fail(file, "label.names", "missing: what the ranking calls each response")
 
 
 def _check_where_it_is(label: Spec, spec: Spec, file: str, kind: str) -> None:
@@ -214,6 +249,8 @@ def _check_scale(label: Spec, file: str, kind: str) -> None:
         fail(file, "label.preference", "first and second are the same number")
     if "better" in label and kind not in ("score", "stars", "scale"):
         fail(file, "label.better", f"only with score, stars or scale, not with {kind}")
+    if "names" in label and kind != "ranking":
+        fail(file, "label.names", f"only with ranking, not with {kind}")
     if "strength" in label and kind != "preference":
         fail(file, "label.strength", f"only with preference, not with {kind}")
 
@@ -228,6 +265,8 @@ def _check_values(label: Spec, file: str, kind: str) -> None:
         groups["label.missing"] = label["missing"]
     said: dict[str, str] = {}
     for where, values in groups.items():
+        if isinstance(values, dict):  # a field of the record
+            continue
         for value in values if isinstance(values, list) else [values]:
             for text in _safe_spellings(value, file, where):
                 if said.setdefault(text, where) != where:
@@ -276,7 +315,7 @@ def listed(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
-def _check_conditions(where: Spec, file: str) -> None:
-    for path, condition in where.items():
+def _check_conditions(conditions: Spec, file: str, where: str = "where") -> None:
+    for path, condition in conditions.items():
         if isinstance(condition, dict) and "matches" in condition:
-            _compiled(condition["matches"], file, f"where.{path}.matches")
+            _compiled(condition["matches"], file, f"{where}.{path}.matches")

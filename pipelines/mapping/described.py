@@ -30,7 +30,7 @@ def feedback_of(spec: dict[str, Any]) -> str:
         return "demonstration"
     if "chosen" in spec or "first" in spec:
         return "pairwise"
-    if "rank" in spec["label"]:
+    if "rank" in spec["label"] or "ranking" in spec["label"]:
         return "scalar or pairwise"
     return "binary" if "thumbs" in spec["label"] else "scalar"
 
@@ -41,6 +41,8 @@ def fields_of(spec: dict[str, Any]) -> dict[str, str]:
     for where, path in named_paths(spec):
         what = _BECOMES[where.partition(".")[0].partition("[")[0]]
         what = "labeller" if where == "label.by" else what
+        if where.startswith(("label.swapped", "label.annotators.")):
+            what = "label: the order the responses were shown in"
         if what not in made.setdefault(path, []):
             made[path].append(what)
     return {path: "; ".join(what) for path, what in made.items()}
@@ -54,6 +56,8 @@ def labels_of(spec: dict[str, Any]) -> str:
     said = [_meaning(label)]
     if "map" in label:
         said.append("after " + ", ".join(f"{k} → {v}" for k, v in label["map"].items()))
+    if "swapped" in label or isinstance(label.get("annotators"), dict):
+        said.append("turned round where the responses were shown in the other order")
     if "missing" in label:
         said.append(f"no label: {_words(label['missing'])}")
     if "each" in spec:
@@ -77,6 +81,8 @@ def _meaning(label: dict[str, Any]) -> str:
         return f"from worst to best: {_words(label['order'])}"
     if "rank" in label:
         return f"ranks; {label['rank']} is the best"
+    if "ranking" in label:
+        return f"the names of the responses, the {label['ranking'].partition('_')[0]} first"
     return _meaning_of_pairs(label)
 
 
@@ -87,10 +93,14 @@ def _meaning_of_pairs(label: dict[str, Any]) -> str:
         ends = label["preference"]
         strength = f" ({label['strength']})" if "strength" in label else ""
         return f"{ends['first']:g} prefers the first response, {ends['second']:g} the second{strength}"
+    if "sign" in label:
+        return f"a {label['sign']} number prefers the first response; 0 is a tie"
     if "compare" in label:
         return f"the response with the {label['compare']} number is better; equal numbers are a tie"
     return "; ".join(f"{name}: {path} is 1" for name, path in label["one_hot"].items())
 
 
 def _words(values: Any) -> str:
+    if isinstance(values, dict):
+        return f"what {values['field']} says"
     return ", ".join(map(str, values)) if isinstance(values, list) else str(values)

@@ -473,6 +473,8 @@ def _label_of_one(lines: list[str], values: Column) -> list[str]:
 
 def _worded(values: list[str]) -> list[str]:
     """Shares of the best, such as 4/5; words of a known order; or the values, for somebody to put in their order."""
+    if all(re.search("[%/]|out of", v.lower()) and _share(v) is not None for v in values):
+        return ["  scale: unit  # shares of the best, such as 4/5 or 80%"]
     if len(shares := {v: share for v in values if (share := _share(v)) is not None}) == len(values):
         listed = ", ".join(f"{_in_quotes(v)}: {share:.6g}" for v, share in shares.items())
         return [f"  map: {{{listed}}}  # check: other values are rejected", "  scale: unit"]

@@ -1,13 +1,17 @@
 """From a mapping's label to rows: which value judges what, what it means, and who said so.
 
-A value matches one of the mapping's as text, whatever its case and the spaces around it; numbers match as numbers
-(1, "1" and "1.0"), true and false as words. A value the mapping does not know is an `invalid_label`, never a guess.
+A value matches one of the mapping's as text, whatever its case, the spaces around it and the form its characters are
+written in (Unicode's NFKC: "Ａ" is "A"); numbers match as numbers (1, "1" and "1.0"), true and false as words. A value
+the mapping does not know is an `invalid_label`, never a guess.
 """
 
 import dataclasses
 import math
+import re
+import unicodedata
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipelines.converters.base import LeftOut, Policy
 from pipelines.converters.labels import annotator, compared, is_missing, preferred, ranked, rated, some
@@ -22,6 +26,8 @@ Scope = dict[str, Any]
 Side = tuple[list[Message], str]  # a prompt and the response to it
 
 _SCALES = {"unit": (0.0, 1.0), "percent": (0.0, 100.0)}
+# "4/5", "4 out of 5" and "80%", with a point or a comma
+_SHARE = re.compile(r"(?P<n>[0-9]+([.,][0-9]+)?) *(%|(?:/|out of) *(?P<of>[0-9]+([.,][0-9]+)?))", re.IGNORECASE)
 _MODIFIERS = dict.fromkeys([0xFE0E, 0xFE0F, *range(0x1F3FB, 0x1F400)])  # how an emoji looks, not what it means
 
 
@@ -36,12 +42,12 @@ def canonical(value: Any) -> str:
         return _of_number(value)
     if not isinstance(value, str):
         raise Reject("wrong_type", f"expected a label, got {show(value)}")
-    return _of_text(value) if len(value) < 64 else value.strip().casefold()
+    return _of_text(value) if len(value) < 64 else unicodedata.normalize("NFKC", value).strip().casefold()
 
 
 @lru_cache(maxsize=4096)  # the same few words in every record of a file
 def _of_text(value: str) -> str:
-    said = value.strip().translate(_MODIFIERS).casefold()
+    said = unicodedata.normalize("NFKC", value.translate(_MODIFIERS)).strip().casefold()
     if said[:1] and said[0] in "+-.0123456789":
         try:
             return _of_number(finite(said, ""))
@@ -91,30 +97,70 @@ def _listed(values: Any) -> str:
 def _among(value: Any, groups: dict[str, Any], where: str) -> str:
     """The name of the group that has the value."""
     said = canonical(value)
-    for name, values in groups.items():
-        if said in known(values):
-            return name
+    found = [name for name, values in groups.items() if said in known(values)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise Reject(
+            "invalid_label", f"{where}: {show(value)} means {' and '.join(found)}, which the record calls alike"
+        )
     every = [v for values in groups.values() for v in (values if isinstance(values, list) else [values])]
     raise Reject("invalid_label", f"{where}: {show(value)} is none of {_listed(every)}")
+
+
+def _named_in(scope: Scope, groups: dict[str, Any]) -> dict[str, Any]:
+    """The groups with the record's own words where they name a field: a verdict may say which model won."""
+    return {k: paths.needed(scope, v["field"]) if isinstance(v, dict) else v for k, v in groups.items()}
+
+
+def _share(value: Any, where: str, most: float | None) -> Any:
+    """A number that a text gives as a share, on the scale that ends at `most`; any other value as it is.
+
+    "80%" and "4/5" are 0.8 of a scale from 0 to 1 or 0 to 100, and 4/5 is 4 on one that ends at 5; without `most` they
+    are shares of 1.
+    """
+    found = _SHARE.fullmatch(unicodedata.normalize("NFKC", value).strip()) if isinstance(value, str) else None
+    if not found:
+        return value
+    n, of = (float(given.replace(",", ".")) for given in (found["n"], found["of"] or "100"))
+    if of == most:
+        return n
+    if most not in (None, 1, 100) or not of:
+        raise Reject("invalid_label", f"{where}: {show(value)} is of {of:g}, and the scale ends at {most or 0:g}")
+    return n / of * (most or 1)
 
 
 # --- who said it, and where ----------------------------------------------------------------------
 
 
-def judgements(scope: Scope, label: Label) -> list[tuple[str, Any, str | None]]:
-    """Where a label is, its value as given, and its labeller if the label has one of its own."""
+class Judgement(NamedTuple):
+    """Where a label is, its value as given, its labeller if it has one of its own, and what else is said with it."""
+
+    where: str
+    value: Any
+    labeller: str | None
+    scope: Scope
+    swapped: dict[str, Any] | None  # conditions under which the two responses were shown in the other order
+
+
+def judgements(scope: Scope, label: Label) -> list[Judgement]:
+    """The judgements of a record."""
+    swapped = label.get("swapped")
     if "annotators" in label:
-        return [(path, paths.find(scope, path), annotator(path)) for path in label["annotators"]]
+        given = label["annotators"]
+        orders = given if isinstance(given, dict) else dict.fromkeys(given, swapped)
+        return [Judgement(p, paths.find(scope, p), annotator(p), scope, orders[p]) for p in orders]
     if "each" in label:
         return _annotations(scope, label)
     if "fields" in label:
-        return [(", ".join(label["fields"]), [paths.find(scope, path) for path in label["fields"]], None)]
+        values = [paths.find(scope, path) for path in label["fields"]]
+        return [Judgement(", ".join(label["fields"]), values, None, scope, swapped)]
     if "field" in label:
-        return [(label["field"], paths.find(scope, label["field"]), None)]
-    return [(", ".join(label["one_hot"].values()), None, None)]
+        return [Judgement(label["field"], paths.find(scope, label["field"]), None, scope, swapped)]
+    return [Judgement(", ".join(label["one_hot"].values()), None, None, scope, swapped)]
 
 
-def _annotations(scope: Scope, label: Label) -> list[tuple[str, Any, str | None]]:
+def _annotations(scope: Scope, label: Label) -> list[Judgement]:
     where = label["each"]
     found = paths.find(scope, where)
     if not isinstance(found, list | None):
@@ -124,7 +170,7 @@ def _annotations(scope: Scope, label: Label) -> list[tuple[str, Any, str | None]
         inner = {**scope, "annotation": one}
         by = paths.find(inner, label["by"]) if "by" in label else None
         who = None if is_missing(by) else annotator(key_text(by, label["by"]))
-        made.append((f"{where}[{i}]", paths.find(inner, label["field"]), who))
+        made.append(Judgement(f"{where}[{i}]", paths.find(inner, label["field"]), who, inner, label.get("swapped")))
     return made
 
 
@@ -147,6 +193,8 @@ def judge_one(side: Side, value: Any, where: str, label: Label, policy: Policy, 
         reward = _sigmoid(-raw if label.get("better") == "lower" else raw)
         return score(*side, reward, raw_reward=raw, **facts)
     low, high = _range(label)
+    if (share := _share(value, where, high)) is not value:
+        value, facts = share, _noted(facts, given)
     return rated(*side, value, where, low, high, policy, lower_is_better=label.get("better") == "lower", **facts)
 
 
@@ -202,15 +250,19 @@ def judge_two(
     given = _hot(scope, label) if "one_hot" in label else value_of(value, label, where)
     if given is None and policy.missing == "drop":
         raise Reject("missing_label", f"{where} is {show(value)}" if value is not None else f"{where} says nothing")
-    p_first = None if given is None else _p_first(given, where, label, policy)
+    p_first = None if given is None else _p_first(given, where, label, policy, scope)
     return compared(prompt, *sides, p_first, policy, **(facts if "one_hot" in label else _noted(facts, value)))
 
 
-def _p_first(value: Any, where: str, label: Label, policy: Policy) -> float:
+def _p_first(value: Any, where: str, label: Label, policy: Policy, scope: Scope) -> float:
     if "preference" in label:
         ends = label["preference"]
-        return preferred(number(value, where), ends["first"], ends["second"], policy)
-    name = value if "one_hot" in label else _among(value, label["winner"], where)
+        place = number(_share(value, where, max(ends.values())), where)
+        return preferred(place, ends["first"], ends["second"], policy)
+    if "sign" in label:
+        size = number(value, where)
+        return 0.5 if not size else float((size > 0) == (label["sign"] == "positive"))
+    name = value if "one_hot" in label else _among(value, _named_in(scope, label["winner"]), where)
     return {"first": 1.0, "second": 0.0, "tie": 0.5}[name]
 
 
@@ -232,6 +284,9 @@ def _two_numbers(value: Any, label: Label, where: str) -> tuple[float | None, fl
     if not isinstance(value, list) or len(value) != 2:
         raise Reject("wrong_type", f"{where}: expected two labels, got {show(value)}")
     first, second = (value_of(v, label, f"{where}[{i}]") for i, v in enumerate(value))
+    shares = [_share(v, where, None) for v in (first, second)]
+    if shares[0] is not first and shares[1] is not second:  # both are shares
+        first, second = shares
     return (
         None if first is None else number(first, f"{where}[0]"),
         None if second is None else number(second, f"{where}[1]"),
@@ -242,17 +297,26 @@ def _two_numbers(value: Any, label: Label, where: str) -> tuple[float | None, fl
 
 
 def judge_many(
-    sides: list[tuple[str, Side | Reject]], value: Any, where: str, label: Label, policy: Policy, **facts: Any
+    sides: list[tuple[str, Side | Reject]],
+    value: Any,
+    where: str,
+    label: Label,
+    policy: Policy,
+    names: Sequence[Any] = (),
+    **facts: Any,
 ) -> list[Row | LeftOut]:
-    """The rows of several responses, with a list of their labels in the same order."""
-    values = value if isinstance(value, list) else [None] * len(sides) if value is None else value
+    """The rows of several responses, with a list of their labels in the same order, or of their `names` in another."""
+    if "ranking" in label:
+        values = _places_of(value, names, where, label)
+    else:
+        values = value if isinstance(value, list) else [None] * len(sides) if value is None else value
     if not isinstance(values, list):
         raise Reject("wrong_type", f"{where}: expected a list of labels, got {show(value)}")
     if len(values) != len(sides):
         raise Reject("wrong_shape", f"{where}: {len(values)} labels for {len(sides)} responses")
     made: list[Row | LeftOut] = [LeftOut(at, s.reason, s.detail) for at, s in sides if isinstance(s, Reject)]
     usable = [(at, s, v) for (at, s), v in zip(sides, values, strict=True) if not isinstance(s, Reject)]
-    if "rank" in label:
+    if "rank" in label or "ranking" in label:
         return some(made + (_ranked(usable, where, label, policy, facts) if usable else []))
     for at, side, one in usable:
         try:
@@ -260,6 +324,35 @@ def judge_many(
         except Reject as error:
             made.append(LeftOut(at, error.reason, error.detail))
     return some(made)
+
+
+def _places_of(value: Any, names: Sequence[Any], where: str, label: Label) -> list[int | None]:
+    """The place of each of `names`, 1 for the best, in a ranking that lists them; None for one it leaves out."""
+    known_names = [canonical(name) for name in names]
+    if twice := next((name for name in known_names if known_names.count(name) > 1), None):
+        raise Reject("wrong_shape", f"two responses are called {show(twice)}, so that {where} can rank neither")
+    groups = _groups(value, label)
+    if label["ranking"] == "worst_first":
+        groups.reverse()
+    places: dict[str, int] = {}
+    for group in groups:
+        place = len(places) + 1  # behind equal ones as many places are free
+        for name in map(canonical, group):
+            if name not in known_names or name in places:
+                why = "is there twice" if name in places else f"is none of {_listed(names)}"
+                raise Reject("invalid_label", f"{where}: {show(name)} {why}")
+            places[name] = place
+    return [places.get(name) for name in known_names]
+
+
+def _groups(value: Any, label: Label) -> list[list[Any]]:
+    """The names of a ranking, those of one place together: from a list of names and lists, or a text as A > B = C."""
+    scalar = not isinstance(value, list | dict)
+    if scalar and (is_missing(value) or ("missing" in label and canonical(value) in known(label["missing"]))):
+        return []
+    if isinstance(value, str):
+        return [re.split(r"[=~≈]", part) for part in re.split(">" if ">" in value else r"[,;\n]", value)]
+    return [one if isinstance(one, list) else [one] for one in (value if isinstance(value, list) else [value])]
 
 
 def _ranked(
@@ -282,6 +375,8 @@ def _ranked(
 
 
 def _rank(value: Any, where: str, label: Label) -> float | None:
+    if "ranking" in label:
+        return value  # a place already
     value = value_of(value, label, where)
     if value is None:
         return None

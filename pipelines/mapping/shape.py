@@ -103,18 +103,27 @@ KINDS = {  # kind of label → how many responses it judges: 1, 2 or many
     "thumbs": (1, 3),
     "order": (1, 3),
     "rank": (3,),
+    "ranking": (3,),
     "winner": (2,),
     "preference": (2,),
+    "sign": (2,),
     "compare": (2,),
     "one_hot": (2,),
 }
 _DIRECTION = {"enum": ["higher", "lower"]}
-_WINNERS = {"first": _ref("plains"), "second": _ref("plains"), "tie": _ref("plains")}
+_SIDE = {
+    "anyOf": [_ref("plain"), _list(_ref("plain")), _object({"field": _ref("path")}, required=["field"])],
+    "description": "one value or several; or a field of the record that holds it, such as the name of a model",
+}
+_WINNERS = {"first": _ref("side"), "second": _ref("side"), "tie": _ref("plains")}
 _LABEL = _object(
     {
         "field": _ref("path", "where the label is; with several responses, a list of their labels"),
         "fields": _list(_ref("path"), 2) | {"description": "the label of each response, in their order"},
-        "annotators": _list(_ref("path")) | {"description": "columns of labels, one for each annotator"},
+        "annotators": {
+            "anyOf": [_list(_ref("path")), {"type": "object", "additionalProperties": _ref("swapped")}],
+            "description": "columns of labels, one for each annotator; or column: when they saw the other order",
+        },
         "each": _ref("path", "a list of annotations, each of them an `annotation` in `field` and `by`"),
         "by": _ref("path", "with `each`: who made the annotation"),
         "score": _list({"type": "number"}, 2, 2) | {"description": "a number from low to high"},
@@ -123,12 +132,25 @@ _LABEL = _object(
         "thumbs": _object({"good": _ref("plains"), "bad": _ref("plains")}, required=["good", "bad"]),
         "order": _list(_ref("plain"), 2) | {"description": "words from the worst to the best"},
         "rank": {"enum": [0, 1], "description": "ranks, of which the best is 0 or 1"},
+        "ranking": {
+            "enum": ["best_first", "worst_first"],
+            "description": "a list of the responses' names in their order, equal ones in a list; or a text, A > B = C",
+        },
+        "names": {
+            "anyOf": [_ref("path"), _list(_ref("plain")), {"enum": [0, 1]}],
+            "description": "with `ranking`: the names; by default the object's keys or the fields; 0 or 1: places from",
+        },
         "winner": _object(_WINNERS, required=["first", "second"]),
         "preference": _object(
             {"first": {"type": "number"}, "second": {"type": "number"}},
             "a number between the one that means the first response is better and the one for the second",
             required=["first", "second"],
         ),
+        "sign": {
+            "enum": ["positive", "negative"],
+            "description": "a number of any size; the sign that means the first response is better",
+        },
+        "swapped": _ref("swapped", "when the label speaks of the two responses in the other order"),
         "strength": {"enum": ["hard", "soft"], "description": "with `preference`; by default as --strength says"},
         "compare": _DIRECTION | {"description": "two numbers, one for each response; which of them is better"},
         "one_hot": _object({k: _ref("path") for k in _WINNERS}, required=["first", "second"]),
@@ -165,6 +187,12 @@ _CONDITION = {
             minProperties=1,
         ),
     ]
+}
+_SWAPPED = {
+    "type": "object",
+    "description": "path: condition, all of which must be met",
+    "additionalProperties": _ref("condition"),
+    "minProperties": 1,
 }
 _JOIN = _object(
     {
@@ -210,7 +238,7 @@ SHAPE: Shape = {
             "second": _ref("text", "the second of two responses, with `label`"),
             "responses": {
                 "anyOf": [_ref("path"), _list(_ref("text"), 2)],
-                "description": "several responses: the path of a list, or a list of paths; with `label`",
+                "description": "several: the path of a list or an object of them, or a list of paths; with `label`",
             },
             "label": _ref("label"),
             "each": {
@@ -262,6 +290,8 @@ SHAPE: Shape = {
         "messages": _MESSAGES,
         "label": _LABEL,
         "condition": _CONDITION,
+        "side": _SIDE,
+        "swapped": _SWAPPED,
         "join": _JOIN,
         "labeller": _LABELLER,
     },

@@ -36,11 +36,31 @@ def several(scope: Scope, given: str | list[Given]) -> list[tuple[str, Any]]:
     if isinstance(given, list):
         return [(f"responses[{i}]", one) for i, one in enumerate(given)]
     found = paths.needed(scope, given)
-    if not isinstance(found, list):
-        raise Reject("wrong_type", f"{given}: expected a list of responses, got {show(found)}")
+    if not isinstance(found, list | dict):
+        raise Reject("wrong_type", f"{given}: expected a list of responses, or an object of them, got {show(found)}")
     if not found:
         raise Reject("missing_field", f"{given} is empty")
+    if isinstance(found, dict):
+        return [(f"{given}.{paths.quoted(str(key))}", value) for key, value in found.items()]
     return [(f"{given}[{i}]", value) for i, value in enumerate(found)]
+
+
+def names_of(scope: Scope, given: str | list[Given], names: Any) -> list[Any]:
+    """What a ranking calls each of several responses: as `names` says, the keys of an object, or the names of fields.
+
+    `names` are constants, the path of a list, or 0 or 1 for places counted from there.
+    """
+    found = given if isinstance(given, list) else paths.needed(scope, given)
+    if isinstance(names, list):
+        return names
+    if isinstance(names, int):
+        return list(range(names, names + len(found)))
+    if isinstance(names, str):
+        told = paths.needed(scope, names)
+        if not isinstance(told, list) or any(isinstance(name, list | dict) for name in told):
+            raise Reject("wrong_type", f"{names}: expected a list of names, got {show(told)}")
+        return told
+    return list(found)
 
 
 def as_side(value: Any, where: str) -> list[Message]:
