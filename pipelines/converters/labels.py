@@ -138,7 +138,7 @@ def ranked(
                 _missing(f"{where} is {value!r}", policy)
                 made += unlabelled(prompt, response, **(facts | _NOBODY))
             else:
-                usable.append((response, number(value, where)))
+                usable.append((response, _rank(value, where) if lower_is_better else number(value, where)))
         except Reject as error:
             made.append(LeftOut(f"response {i}", error.reason, error.detail))
     usable.sort(key=lambda entry: entry[1] if lower_is_better else -entry[1])
@@ -154,6 +154,13 @@ def some(made: list[Row | LeftOut], otherwise: str = "nothing in the record can 
     if first is None:
         raise Reject("missing_label", otherwise)
     raise Reject(first.reason, f"{first.part}: {first.detail}; {otherwise}")
+
+
+def _rank(value: Any, where: str) -> float:
+    """A place among others; what is below 0 is none, and would be the best of all."""
+    if (place := number(value, where)) < 0:
+        raise Reject("invalid_label", f"{where}: {place:g} is no rank")
+    return place
 
 
 def _places(prompt: list[Message], best_first: list[tuple[str, float]], **facts: Any) -> list[Row | LeftOut]:

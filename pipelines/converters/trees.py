@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from pipelines.converters.base import Converter, LeftOut, Policy, Record
 from pipelines.converters.judges import Made, each_objective
 from pipelines.converters.labels import annotator, compared, is_missing, ranked, rated, some, thumbed
-from pipelines.converters.messages import facts, has, messages, needed, number, show, structure, text
+from pipelines.converters.messages import facts, flag, has, messages, needed, number, show, structure, text
 from schemas.errors import Reject
 from schemas.feedback import Message, demonstration
 
@@ -79,9 +79,9 @@ def _prompter_turns(root: _Node, left_out: list[LeftOut]) -> Iterator[tuple[_Nod
 def _turn(message: Record) -> Message:
     """A message as a turn; what was withdrawn, or has no text or role, is rejected."""
     name = f"message {_id(message)}"
-    if message.get("deleted") is True:
+    if flag(message, "deleted", f"{name}: "):
         raise Reject("filtered", f"{name} was deleted")
-    if message.get("review_result") is False:
+    if flag(message, "review_result", f"{name}: ") is False:
         raise Reject("filtered", f"{name} failed its review")
     given = text(needed(message, "role", f"{name}: "), f"{name}: role")
     if given not in _ROLES:
