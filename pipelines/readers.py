@@ -38,9 +38,9 @@ KINDS = {
     "jsonl": "JSON lines: one value a line; blank lines are counted but are no records",
     "json": "a JSON array, its elements; one object, or several in a row; an object that wraps the array, as "
     '{"data": [...]}',
-    "csv": "CSV or TSV with a header, perhaps below a title (rows with one filled cell), in UTF-8 or (with a byte order "
-    "mark) UTF-16; every cell is text",
-    "xlsx": "an Excel workbook: the rows below the header of each sheet, perhaps below a title, one sheet after another",
+    "csv": "CSV or TSV with a header, perhaps below a title (rows with one filled cell), in UTF-8 or (with a byte "
+    "order mark) UTF-16; every cell is text",
+    "xlsx": "an Excel workbook: the rows below each sheet's header, perhaps below a title, one sheet after the other",
     "parquet": "parquet, its rows",
     "arrow": "an Arrow IPC file or stream (also .feather, and what datasets' save_to_disk wrote), its rows",
 }
