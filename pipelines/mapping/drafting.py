@@ -584,7 +584,7 @@ def _label_of_one(name: str | list[str], values: Column) -> list[str]:
         sides = (distinct, [_another(distinct)])
         good, bad = sides if bool(good) != worse else sides[::-1]
         return [*lines, f"  thumbs: {{good: {_yaml(good)}, bad: {_yaml(bad)}}}  # check: one value was seen", *absent]
-    return [*lines, *_worded(_unlike(distinct), worse), *absent]
+    return [*lines, *(_worded(_unlike(distinct), worse) if distinct else _unordered([])), *absent]
 
 
 _IS_WORSE = "  # check: by its name, this says that a response is worse"
