@@ -693,6 +693,7 @@ DRAFTS = [
     ([{"question": "q", "answer": "a", "wrong_label": "yes"}] * 2, (0.0, 0.0)),
     ([{"question": "q", "answer": "a", "rating": w} for w in ("👎", "👎")], (0.0, 0.0)),
     ([{"question": "q", "answer": "a", "rating": "unknown"}], ("missing_label",)),
+    ([{"split": "train it", "reward": 0.75}], ("missing_field",)),
     ([{"question": "q", "answer": "a", "rating": w} for w in ("so", "so")], ("invalid_label",) * 2),
     ([{"question": "q", "answer": "a", "error_score": n} for n in (0, 10)], (1.0, 0.0)),
     ([{"question": "q", "answer": "a", "error_rating": w} for w in ("low", "high")], ("invalid_label",) * 2),

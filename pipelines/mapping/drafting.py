@@ -343,14 +343,19 @@ def _of_several(lists: Column) -> list[str]:
 
 def _said(name: str, columns: dict[str, Column]) -> str:
     """A prompt or response as the mapping says it: a path, and how a transcript or messages are read."""
-    texts = [v for v in columns[name] if isinstance(v, str)]
-    for markers in _MARKERS:
-        if texts and all(all(marker.strip() in v for marker in markers) for v in texts):
-            roles = ", ".join(f"{_in_quotes(m)}: {r}" for m, r in zip(markers, ("user", "assistant"), strict=True))
-            return f"{{field: {_yaml(name)}, split: {{{roles}}}}}"
+    if markers := _markers(columns[name]):
+        roles = ", ".join(f"{_in_quotes(m)}: {r}" for m, r in zip(markers, ("user", "assistant"), strict=True))
+        return f"{{field: {_yaml(name)}, split: {{{roles}}}}}"
     if found := _messages_in(columns[name]):
         return f"{{field: {_yaml(name)}, messages: {{{_names_in(found)}}}}}"
     return _yaml(name)
+
+
+def _markers(values: Column) -> tuple[str, str] | None:
+    """What stands before the turns of the user and the assistant where all texts are transcripts."""
+    texts = [v for v in values if isinstance(v, str)]
+    fitting = (markers for markers in _MARKERS if all(marker.strip() in v for marker in markers for v in texts))
+    return next(fitting, None) if texts else None
 
 
 def _names_in(found: list[dict[str, Any]]) -> str:
@@ -367,7 +372,7 @@ def _names_in(found: list[dict[str, Any]]) -> str:
 
 def _is_whole(name: str, columns: dict[str, Column]) -> bool:
     """Whether a field holds a conversation that ends in a response."""
-    if "split" in _said(name, columns):
+    if _markers(columns[name]):
         return True
     ends = [_messages_in([v])[-1] for v in columns[name] if isinstance(v, list) and _messages_in([v])]
     spoken = [str(m.get(next(k for k in _ROLE_KEYS if k in m))).lower() for m in ends]
