@@ -53,8 +53,8 @@ _BAD += "|schlecht|坏|否|错|踩|нет|لا|fail(ed)?|(un|not[ _])helpful|use
 _BAD += "|不満|悪い|不满意|差评|没用|싫어요|плохо|سيئ|💔|😞|🙁|☹|😠|😡|❌|✖|✗|✘"
 # A label of such a name is higher, or yes, where the response is worse.
 _WORSE = re.compile(
-    r"wors[et]|bad|dislik|downvot|toxic|harm(?!less)|unsafe|hallucinat|error|mistake|severity|violat|offensive|bias|risk"
-    r"|problem|issue|complain|fail|incorrect|wrong|reject|loser|losing|fehler|schlecht|error|peor|pire|худш|更差|错误|有害|毒性",
+    r"wors[et]|bad(?!ge)|dislik|downvot|toxic|harm(?!less)|unsafe|hallucinat|error|mistake|severity|violat|offensive|(?<!un)bias|risk"
+    r"|problem|issue|complain|fail|incorrect|wrong|reject|loser|losing|fehler|schlecht|peor|pire|худш|更差|错误|有害|毒性",
     re.IGNORECASE,
 )
 # What counts or measures something else than quality.
