@@ -1,7 +1,11 @@
 """How Beam is run: options, runner, the Arrow coder, and errors that people can read."""
 
+import contextlib
 import logging
+import os
 import re
+import select
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +47,21 @@ class ArrowCoder(beam.coders.Coder):
 
 
 beam.coders.registry.register_coder(pa.Table, ArrowCoder)
+
+
+_STARTER = "UNA_STARTER"  # the process whose workers are processes of their own
+
+
+def _end_with(starter: int) -> None:
+    """End this worker once the process that started it is gone: one that was killed leaves workers that go on for
+    minutes, and would write into the staging directory of the next run."""
+    with contextlib.suppress(ProcessLookupError):
+        select.select([os.pidfd_open(starter)], [], [])
+    os._exit(1)
+
+
+if (_starter := int(os.environ.get(_STARTER, 0))) not in (0, os.getpid()) and hasattr(os, "pidfd_open"):  # Linux
+    threading.Thread(target=_end_with, args=(_starter,), daemon=True).start()
 
 
 def count(result: dict[str, Any]) -> dict[str, Any]:
@@ -107,6 +126,7 @@ def run(build: Callable[[beam.Pipeline], object], flags: list[str]) -> None:
     """Build a pipeline and run it with Beam's `flags`; what a worker raised as `UserError` is raised here as one."""
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what it logs as errors is also raised, below
     chosen, runner = _chosen(flags)
+    os.environ[_STARTER] = str(os.getpid())
     try:
         pipeline = beam.Pipeline(runner=runner, options=chosen)
         build(pipeline)

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 
 from schemas import command
@@ -138,6 +139,10 @@ def call(name: str, args: argparse.Namespace) -> dict:
     return getattr(importlib.import_module(module), function)(args)
 
 
+def _is_text(argument: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in argument)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `una`."""
     from importlib.metadata import version
@@ -154,6 +159,8 @@ def main(argv: list[str] | None = None) -> int:
     lines = "\n".join(f"  {name:10} {entry[4]}" for name, entry in COMMANDS.items())
     parser.epilog = f"commands:\n{lines}\n\n{parser.epilog}"
     name = parser.parse_args(argv[:1]).command
+    if wrong := next((arg for arg in argv if not _is_text(arg)), None):
+        parser.error(f"{os.fsencode(wrong)!r} is not valid UTF-8")
     command.log_to_stderr()
     return command.run(lambda args: call(name, args), parse(name, argv[1:]), f"una {name}")
 

@@ -357,7 +357,12 @@ def _survey(item: tuple[int, Source]) -> dict[str, Any]:
     facts.update(source=source.name, format=source.format)
     if source.columns:
         facts["columns"] = dict(source.columns)
-    return {"file": i, "facts": facts, "ranges": [([i, j], of, source) for j, of in enumerate(ranges)]}
+    return {
+        "file": i,
+        "path": source.path,
+        "facts": facts,
+        "ranges": [([i, j], of, source) for j, of in enumerate(ranges)],
+    }
 
 
 def _commit(
@@ -374,6 +379,9 @@ def _commit(
     surveyed = sorted(surveyed, key=lambda s: s["file"])
     expected = sum(len(s["ranges"]) for s in surveyed)
     assert len(results) == expected, f"{len(results)} of {expected} ranges were read"
+    for path, size in ((s["path"], s["facts"]["bytes"]) for s in surveyed):
+        if (now := io.size(path)) != size:  # what was read is not what the manifest would name
+            raise UserError(f"{path}: had {size} bytes and now has {now}; run again when nothing writes to it")
     records: Counter[int] = Counter()
     for r in results:
         records[r["index"][0]] += r["inputs"]

@@ -76,7 +76,17 @@ def expand(paths: list[str]) -> list[str]:
             found.append(path)
         else:
             raise UserError(f"{path}: no such file or directory")
+    for path in found:
+        _require_file(path)
     return list({path if is_remote(path) else os.path.realpath(path): path for path in reversed(found)}.values())[::-1]
+
+
+def _require_file(path: str) -> None:
+    """Files are read more than once, which pipes and devices cannot be, and named in tables, which hold UTF-8."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: a pipe or a device; files are read more than once, so write it to a file first")
+    if not path.isprintable() and any("\ud800" <= c <= "\udfff" for c in path):
+        raise UserError(f"{os.fsencode(path)!r}: the name is not valid UTF-8; rename the file")
 
 
 def _match(pattern: str) -> list[str]:

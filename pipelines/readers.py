@@ -39,8 +39,9 @@ KINDS = {
     "json": "a JSON array, its elements; one object, or several in a row; an object that wraps the array, as "
     '{"data": [...]}, or that is a table, its rows: as pandas writes it (orient columns, index or split), or with a '
     "list for each column (of conversations, or of more than 100 values)",
-    "csv": "CSV or TSV with a header, in UTF-8 or (with a byte order mark) UTF-16; every cell is text",
-    "xlsx": "an Excel workbook: the rows below the header of each sheet, one sheet after the other",
+    "csv": "CSV or TSV with a header, perhaps below a title (rows with one filled cell), in UTF-8 or (with a byte "
+    "order mark) UTF-16; every cell is text",
+    "xlsx": "an Excel workbook: the rows below each sheet's header, perhaps below a title, one sheet after the other",
     "parquet": "parquet, its rows",
     "arrow": "an Arrow IPC file or stream (also .feather, and what datasets' save_to_disk wrote), its rows",
 }
@@ -56,6 +57,7 @@ WORKBOOK_BYTES = 1 << 30  # what a workbook may unpack to
 WORKBOOK_RATIO = 200  # and how much that may be of the file, above 100 MiB
 SHEET_ROWS = 1 << 20  # Excel's limit
 COLUMN_VALUES = 100  # lists of no more, side by side in an object, may be what one record holds, such as its turns
+TITLE_ROWS = 10  # at most, above the header of a table
 _RANDOM_ACCESS = ("parquet", "arrow", "xlsx")
 _MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow", b"PK\x03\x04": "xlsx"}
 _FOREIGN = {
@@ -665,17 +667,35 @@ class _Layout(NamedTuple):
 def _csv(of: Range) -> Iterator[Raw]:
     """One record a row; missing cells are null. Cells in Windows-1252 or Latin-1 reject their row.
 
+    Rows of a title, padded with empty cells, may stand above the header (`_below_title`).
     A quote that is left open, or text behind a closing one, ends the run: what follows may be text or rows. A record
     has the number of its row, header and blank rows not counted.
     """
     position = 0
     try:
-        rows = _rows(of.path, _layout(of.path))
+        rows = _below_title(of.path, _rows(of.path, _layout(of.path)), lambda row: sum(map(bool, map(str.strip, row))))
         header = _csv_header(of.path, next(rows, []))
         for position, row in enumerate(rows, 1):
             yield _csv_row(position, header, row)
     except csv.Error as error:
         raise UserError(f"{of.path}: not valid CSV after record {position} ({error}); is a quote left open?") from None
+
+
+def _below_title(path: str, rows: Iterator[Any], filled: Callable[[Any], int]) -> Iterator[Any]:
+    """The rows from the header on; above it may stand blank rows and some of which one cell alone is filled: a title.
+
+    Where none of the first rows has more, and where they are one cell wide, the first is the header.
+    """
+    above: list[Any] = []
+    for row in rows:
+        above.append(row)
+        if filled(row) > 1 or len(row) < 2 or len(above) > TITLE_ROWS:
+            break
+    if len(above) > 1 and filled(above[-1]) > 1:
+        log.info("%s: the first %d rows are a title, no header and no records", path, len(above) - 1)
+        del above[:-1]
+    yield from above
+    yield from rows
 
 
 def _csv_header(path: str, names: list[str]) -> list[str]:
@@ -693,7 +713,7 @@ def _layout(path: str) -> _Layout:
         utf16 = _is_utf16(file.read(2))
     layout = _Layout("utf-16" if utf16 else "utf-8-sig", "\t")
     with io.open_bytes(path) as file:
-        first = next(_text_lines(file, layout.encoding), "").strip("\r\n")
+        first = next(_text_lines(path, file, layout.encoding), "").strip("\r\n")
     if told := re.fullmatch(r"sep=(.)", first.strip(" ")):
         return layout._replace(delimiter=told[1], named=True)
     tabs = "\t" in first and (utf16 or io.ending(path) == ".tsv")
@@ -730,19 +750,19 @@ def _quoting(path: str, layout: _Layout) -> int:
 def _rows(path: str, layout: _Layout) -> Iterator[list[str]]:
     csv.field_size_limit(RECORD_BYTES)
     with io.open_bytes(path) as file:
-        lines = _text_lines(file, layout.encoding)
+        lines = _text_lines(path, file, layout.encoding)
         if layout.named:
             next(lines)
-        try:
-            yield from filter(None, csv.reader(lines, delimiter=layout.delimiter, quoting=layout.quoting, strict=True))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not valid {layout.encoding} ({error}); save it as UTF-8") from None
+        yield from filter(None, csv.reader(lines, delimiter=layout.delimiter, quoting=layout.quoting, strict=True))
 
 
-def _text_lines(file: BinaryIO, encoding: str) -> Iterator[str]:
+def _text_lines(path: str, file: BinaryIO, encoding: str) -> Iterator[str]:
     """Lines from the first that is not blank on; bytes that are no UTF-8 become lone surrogates."""
     text = streams.TextIOWrapper(_Bounded(file), encoding, errors="surrogateescape", newline="")  # type: ignore[type-var]
-    return dropwhile(lambda line: not line.strip(), text)
+    try:
+        yield from dropwhile(lambda line: not line.strip(), text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid {encoding} ({error}); save it as UTF-8") from None
 
 
 class _Bounded(streams.BufferedIOBase):
@@ -804,21 +824,23 @@ _CONTROL = re.compile(r"_x00([01][0-9A-Fa-f])_")
 def _xlsx(of: Range) -> Iterator[Raw]:
     """The rows of every sheet that has a header and rows below it, in the order of the sheets.
 
-    A sheet's header is its first row that is not blank. Blank rows, formatted or not, are no records and are not
-    counted: record n is the nth that is not blank, over all sheets. Cells keep their type: text, numbers (whole ones
-    as integers), booleans; dates are ISO 8601 text. A formula is the value that Excel stored for it, or null where
-    none was stored. #N/A is null; another error rejects the row.
+    A sheet's header is its first row that is not blank, or stands below a title (`_below_title`). Blank rows, formatted
+    or not, are no records and are not counted: record n is the nth that is not blank, over all sheets. Cells keep
+    their type: text, numbers (whole ones as integers), booleans; dates are ISO 8601 text. A formula is the value that
+    Excel stored for it, or null where none was stored. #N/A is null; another error rejects the row.
     """
     position = 1
-    for title, rows in _sheets(of.path):
-        header = next(((at, row) for at, row in rows if _is_filled(row)), (0, ()))
+    for title, sheet in _sheets(of.path):
+        shown = f"{of.path} (sheet {title!r})"
+        rows = _below_title(shown, dropwhile(lambda row: not _filled(row[1]), sheet), lambda row: _filled(row[1]))
+        header = next(rows, (0, ()))
         names = [_name(cell) for cell in header[1]]
         while names and not names[-1]:
             names.pop()
-        _require_distinct([name for name in names if name], f"{of.path} (sheet {title!r})")
+        _require_distinct([name for name in names if name], shown)
         first, at = position, header[0]
         for at, row in rows:
-            if _is_filled(row):
+            if _filled(row):
                 yield _xlsx_row(position, names, row, f"sheet {title!r}, row {at}")
                 position += 1
         blank = at - header[0] - (position - first)
@@ -892,8 +914,9 @@ def _refuse_document_type(path: str, archive: zipfile.ZipFile, part: zipfile.Zip
             return  # a picture, or XML that openpyxl cannot read either
 
 
-def _is_filled(row: Any) -> bool:
-    return any(cell.value not in (None, "") for cell in row)
+def _filled(row: Any) -> int:
+    """How many cells hold something."""
+    return sum(cell.value not in (None, "") for cell in row)
 
 
 def _name(cell: Any) -> str:

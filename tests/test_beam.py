@@ -1,5 +1,9 @@
 """How Beam is run: flags, the Arrow coder, counters, and a portable runner with workers of its own."""
 
+import os
+import subprocess
+import sys
+
 import apache_beam as beam
 import pyarrow as pa
 import pytest
@@ -9,6 +13,18 @@ from conftest import write_jsonl
 from pipelines import beam as una_beam
 from pipelines.converters import Policy
 from pipelines.ingest import Source, build
+
+
+def test_a_worker_ends_with_the_process_that_started_it():
+    starter = subprocess.Popen(["sleep", "600"])
+    about = {**os.environ, "UNA_STARTER": str(starter.pid)}
+    code = "import pipelines.beam, time; print(flush=True); time.sleep(600)"
+    worker = subprocess.Popen([sys.executable, "-c", code], env=about, stdout=subprocess.PIPE)
+    assert worker.stdout.readline()
+    assert worker.poll() is None
+    starter.kill()
+    assert worker.wait(60) == 1
+    starter.wait()
 
 
 def test_flags_of_beam_are_taken_out_wherever_they_stand():

@@ -149,6 +149,12 @@ UNREADABLE = {
     "safety label with a system turn": {"prompt": "a", "response": "b", "is_safe": True, "system_prompt": "d"},
     "demonstration with a document": {"instruction": "a", "output": "b", "document": "d"},
     "transcripts with a system turn": {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: b", "system": "d"},
+    "demonstration with a fault": {"prompt": "a", "completion": "b", "is_toxic": True},
+    "demonstration with a share": {"prompt": "a", "completion": "b", "confidence_correct": "10%"},
+    "demonstration with a title for a name": {"prompt": "a", "completion": "b", "Overall rating (1-5)": 1},
+    "demonstration judged in camel case": {"prompt": "a", "completion": "b", "qualityScore": 1},
+    "demonstration judged in Chinese": {"instruction": "a", "output": "b", "评分": 1},
+    "pair that may be the other way round": {"prompt": "a", "chosen": "b", "rejected": "c", "flipped": True},
     "language modelling": {"text": "a"},
     "empty": {},
 }

@@ -106,6 +106,7 @@ REJECTED = [
     ("chatbot_arena_csv", {"winner_tie": None}, "missing_label"),
     ("nectar", {"answers": []}, "missing_label"),
     ("nectar", {"answers": [{"answer": "A", "rank": 1}]}, "missing_label"),
+    ("nectar", {"answers": [{"answer": "A", "rank": 1}, {"answer": "B", "rank": -1}]}, "invalid_label"),
     ("nectar", {"answers": ["A", "B"]}, "wrong_type"),
     ("nectar", {"prompt": "Hm.\n\nHuman: Q\n\nAssistant: "}, "wrong_shape"),
     ("nectar", {"prompt": "\n\nHuman: Q\n\nAssistant: Because"}, "wrong_shape"),

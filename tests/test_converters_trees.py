@@ -73,6 +73,10 @@ OASST_REJECTED = [
     (_tree(*AB, role="system"), "unknown_role"),
     (_tree(*AB, deleted=True), "filtered"),
     (_tree(*AB, review_result=False), "filtered"),
+    (_tree(*AB, deleted="True"), "filtered"),
+    (_tree(*AB, review_result="False"), "filtered"),
+    (_tree(*AB, deleted="perhaps"), "invalid_label"),
+    (_tree(_reply("A", 0), _reply("B", -1)), "invalid_label"),
     (_tree(*AB, replies={"A": 0}), "wrong_type"),
     (_tree(_reply("A", 0), _reply("B", "best")), "invalid_reward"),
 ]

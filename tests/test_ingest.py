@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl
 
-from pipelines import dataset
+from pipelines import dataset, readers
 from schemas.manifest import Manifest, sha256
 
 
@@ -103,6 +103,30 @@ def test_rerun_needs_overwrite_and_leaves_no_stale_shards(una_here, tmp_path):
     assert una_here("ingest", three[0], "--output", tmp_path / "out", "--overwrite")[0] == 0
     assert [p.name for p in (tmp_path / "out/data").iterdir()] == ["train-00000-of-00001.parquet"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.jsonl", "1.jsonl", "2.jsonl", "out"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "and now has 100; run again"),
+        (lambda path: path.write_bytes(path.read_bytes() * 2), "; run again when nothing writes to it"),
+        (lambda path: path.unlink(), "No such file or directory"),
+    ],
+)
+def test_a_file_that_changes_while_it_is_read_ends_the_run(una_here, tmp_path, monkeypatch, change, says):
+    path = write_jsonl(tmp_path / "x.jsonl", [preference(i) for i in range(9)])
+    survey = readers.survey
+
+    def surveyed(*args):
+        found = survey(*args)
+        change(path)
+        return found
+
+    monkeypatch.setattr(readers, "survey", surveyed)
+    code, _, err = una_here("ingest", path, "--output", tmp_path / "out", "--max-rejected", "1")
+    assert (code, "Traceback" in err) == (1, False)
+    assert says in err
+    assert [p.name for p in tmp_path.iterdir() if p != path] == []
 
 
 def test_a_killed_run_leaves_no_dataset_and_the_next_one_succeeds(tmp_path):

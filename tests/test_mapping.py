@@ -796,6 +796,38 @@ DRAFTS = [
      (pytest.approx(0.2), 1.0)),
     ([{"question": "q", "answers": [{"author": "x", "text": "a", "pm_score": n}, {"author": "y", "text": "b",
        "pm_score": 1}]} for n in (4, 5)], (0.75, 1.0)),
+    ([{"prompt": "q", "response": "a", "label": n} for n in (1, -1, 0)], (1.0, 0.0, 0.5)),
+    ([{"prompt": "q", "response": "a", "stars": w} for w in ("★★★★★", "★☆☆☆☆", "★★★☆☆")], (1.0, 0.0, 0.5)),
+    ([{"question": "q", "answer": "a", "it helped": w} for w in ("Strongly agree", "Disagree", "Strongly disagree",
+       "Neutral")], (1.0, 0.25, 0.0, 0.5)),
+    ([{"用户问题": "q", "模型回答": "a", "满意度": w} for w in ("满意", "非常不满意", "不满意")],
+     (1.0, 0.0, pytest.approx(1 / 3, abs=1e-3))),
+    ([{"Consulta del usuario": "la q", "Respuesta del modelo": "la a", "¿Útil?": w} for w in ("Sí", "No")], (1.0, 0.0)),
+    ([{"user": "q", "bot": "a", "x": w} for w in ("👍", "👎", "❤️")], (1.0, 0.0, 1.0)),
+    ([{"prompt": "q", "response": "a", "Approved": w} for w in ("TRUE", "FALSE")], (1.0, 0.0)),
+    ([{"question": "q", "answer": "a", "hallucination": w} for w in ("no", "yes")], (1.0, 0.0)),
+    ([{"question": "q", "answer": "a", "wrong_label": "yes"}] * 2, (0.0, 0.0)),
+    ([{"question": "q", "answer": "a", "rating": w} for w in ("👎", "👎")], (0.0, 0.0)),
+    ([{"question": "q", "answer": "a", "rating": "unknown"}], ("missing_label",)),
+    ([{"split": "train it", "reward": 0.75}], ("missing_field",)),
+    ([{"question": "q", "answer": "a", "rating": w} for w in ("so", "so")], ("invalid_label",) * 2),
+    ([{"question": "q", "answer": "a", "error_score": n} for n in (0, 10)], (1.0, 0.0)),
+    ([{"question": "q", "answer": "a", "error_rating": w} for w in ("low", "high")], ("invalid_label",) * 2),
+    ([{"question": "q", "answer": "a", "toxicity": n} for n in (0.1, 0.9)], ("invalid_label",) * 2),
+    ([{"question": "q", "answer": "a", "Note": w} for w in ("9,5", "1,0")], ("invalid_label",) * 2),
+    ([{"query": "q", "output": "a", "Anna": n, "Ben": 1} for n in (1, 2)], ("invalid_label",) * 2),
+    ([{"prompt": "q", "response": "a", "events": [{"feedback": n}]} for n in (1, 0)], ("wrong_type",) * 2),
+    ([{"prompt": "q", "response_1": "a", "response_2": "b", "worse_response": n} for n in (2, 1)], (1.0, 0.0)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "preferred": w} for w in ("gpt", "llama")],
+     ("invalid_label",) * 2),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "verdict": w} for w in ("[[A]]", "[[B]]", "[[C]]")],
+     (1.0, 0.0, "invalid_label")),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "margin": n} for n in (2, -2)], ("invalid_label",) * 2),
+    ([{"Запрос": "как он", "Ответ 1": "он", "Ответ 2": "она", "Лучший ответ": w} for w in ("первый", "второй")],
+     (1.0, 0.0)),
+    ([{"prompt": "q", "responses": ["a", "b"], "chosen": n} for n in (0, 1)], (1.0, 0.0)),
+    ([{"prompt": "q", "candidates": ["a", "b", "c"], "ranking": r} for r in ([2, 1, 3], [1, 3, 2])], (1.0, 1.0)),
+    ([{"prompt": "q", "candidates": ["a", "b"], "scores": r} for r in ([2, 5], [4, 1])], (0.25, 0.75)),
 ]  # fmt: skip
 
 
@@ -818,6 +850,11 @@ def test_a_null_is_no_key_to_be_quoted(mapping):
         made.convert({"q": "Q", "a.b": "A", "x": 1}, "s", Policy())
     with pytest.raises(Reject, match="there are q"):
         made.convert({"q": "Q", "a.b": None, "x": 1}, "s", Policy())
+
+
+def test_sides_of_which_one_is_no_transcript_need_a_prompt(mapping):
+    sides = [{"chosen": _said, "rejected": "No."} for _said in ("\n\nHuman: Q\n\nAssistant: A",)]
+    assert _outcome(mapping(draft(sides, "pairs.jsonl")), sides[0]) == "missing_field"
 
 
 @pytest.mark.parametrize(("records", "rewards"), DRAFTS)

@@ -323,6 +323,9 @@ BARE = 'a\tb\n"quoted" start\tx\n"open\ty\nplain\tz\n'
         ("x.csv", 'a,b\n1,"é"\ncaf\u00e9,2\n'.encode(), [{"a": "1", "b": "é"}, {"a": "café", "b": "2"}]),
         ("x.csv", b"a,b\ncaf\xe9,1\n2,3\n", ["invalid_unicode", {"a": "2", "b": "3"}]),
         ("x.csv", b"a,b\n1,2,3\n2,3\n", ["wrong_shape", {"a": "2", "b": "3"}]),
+        ("x.csv", b"Survey;;\n;;\nof May;;\na;b;c\n1;;\n", [{"a": "1", "b": "", "c": ""}]),
+        ("x.csv", b"a,,\n1,,\n2,,\n", [{"a": "1"}, {"a": "2"}]),
+        ("x.csv", b"a\n1\n2,3\n", [{"a": "1"}, "wrong_shape"]),
     ],
 )
 def test_csv_as_it_comes(tmp_path, name, data, records):
@@ -351,6 +354,7 @@ def test_a_million_columns(tmp_path):
         ("x.csv", b"a,b\n" + b"x" * 120_000, "a line is longer than 100000"),
         ("x.csv", b"caf\xe9,b\n1,2\n", "header is not valid UTF-8; .*iconv"),
         ("x.csv", b"\xff\xfea\x00\n\x00b", "not valid utf-16"),
+        ("x.csv", b"\xff\xfea\x00b", "not valid utf-16"),
         ("x.jsonl", '{"a": 1}'.encode("utf-16-le"), "UTF-16"),
         ("x.json", b'{"data": [{"a": 1}, {"a"', "breaks off or is invalid after record 0"),
         ("x.json", b'[{"a": 1}, {"a": "open}, {"a": 2}]', "breaks off or is invalid after record 1"),
@@ -411,6 +415,14 @@ def test_a_workbook(tmp_path, caplog):
     assert [type(raw.value.get("n")) for raw in found[:2]] == [int, float]
     assert [raw.position for raw in found] == [1, 2, 3, 4]
     assert "sheet 's0': 3 records, the first is 1; 1 blank rows" in caplog.text
+
+
+def test_a_title_above_the_header_of_a_sheet_is_told_and_is_no_record(tmp_path, caplog):
+    workbook(tmp_path / "x.xlsx", [["Survey"], [], ["May", None], ["q", "n"], ["a", 1], ["b"]], [["only"], ["c"]])
+    with caplog.at_level(logging.INFO):
+        found = read(tmp_path / "x.xlsx")
+    assert told(found) == [{"q": "a", "n": 1}, {"q": "b", "n": None}, {"only": "c"}]
+    assert "(sheet 's0'): the first 3 rows are a title" in caplog.text
 
 
 def test_cells_that_are_no_values(tmp_path):
@@ -519,6 +531,17 @@ def test_directories_with_links_spaces_and_descriptions(tmp_path):
     found = io.expand([f"{tmp_path}/in/../in"])
     names = [path.removeprefix(f"{tmp_path}/in/../in/") for path in found]
     assert names == ["a dir/b c.jsonl", "a dir/x.csv.bz2", "link/y.json", "z/state.json"]
+
+
+def test_pipes_and_names_that_are_not_utf8_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "x.jsonl")
+    for path in (tmp_path, tmp_path / "x.jsonl", "/dev/null"):
+        with pytest.raises(UserError, match="a pipe or a device"):
+            io.expand([str(path)])
+    (tmp_path / "x.jsonl").unlink()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")).write_text("{}")
+    with pytest.raises(UserError, match=r"xff.jsonl.* is not valid UTF-8"):
+        io.expand([str(tmp_path)])
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def standings(
                 _missing(f"{where} is {value!r}", policy)
                 made += [(i, row) for row in unlabelled(prompt, response, **(facts | _NOBODY))]
             else:
-                usable.append((i, response, number(value, where)))
+                usable.append((i, response, _rank(value, where) if lower_is_better else number(value, where)))
         except Reject as error:
             made.append((i, LeftOut(f"response {i}", error.reason, error.detail)))
     usable.sort(key=lambda entry: entry[2] if lower_is_better else -entry[2])
@@ -202,6 +202,13 @@ def some(made: list[Row | LeftOut], otherwise: str = "nothing in the record can 
     if first is None:
         raise Reject("missing_label", otherwise)
     raise Reject(first.reason, f"{first.part}: {first.detail}; {otherwise}")
+
+
+def _rank(value: Any, where: str) -> float:
+    """A place among others; what is below 0 is none, and would be the best of all."""
+    if (place := number(value, where)) < 0:
+        raise Reject("invalid_label", f"{where}: {place:g} is no rank")
+    return place
 
 
 def _places(prompt: list[Message], best_first: list[_Placed], **facts: Any) -> Of:

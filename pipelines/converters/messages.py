@@ -17,9 +17,14 @@ from schemas.feedback import ROLES, Message
 _ALIASES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 # A record with a column of such a name is no mere demonstration: somebody judged it, or it holds a worse answer too.
 _JUDGED = re.compile(
-    r"(chosen|rejected|(un)?desirable|good|bad|better|worse|best|worst|winner|label|reward|quality|verdict)s?([_-].*)?"
-    r"|(.*[_-])?(score|rating|rank|star|vote|upvote|downvote|thumb|like|preference|feedback|label|winner|reward)(s|d)?"
-    r"|(kto_tag|thumbs?[_-].*|is[_-](good|bad|preferred|accepted|correct|helpful|safe|chosen|tie)|accepted|preferred|tied?)",
+    r"(chosen|rejected|(un)?desirable|good|bad|better|worse|best|worst|winner|label|reward|quality|verdict)s?(_.*)?"
+    r"|(.*_)?(score|rating|rank|star|vote|upvote|downvote|thumb|like|preference|feedback|label|winner|reward)(s|d)?"
+    r"|(.*_)?(score|rating|star)s?_.*|(.*_)?(satisfaction|usefulness|helpfulness|correctness|toxicity|severity|hallucinations?)"
+    r"|(kto_tag|thumbs?_.*|confidence_.*|reactions?|passed|failed)"
+    r"|(is_)?(good|bad|preferred|accepted|approved|correct|incorrect|wrong|useful|helpful|safe|unsafe|toxic|harmful"
+    r"|offensive|biased|hallucinated|chosen|ties?|tied|flipped|swapped|inverted)"
+    r"|.*(评分|打分|得分|评价|满意度|点赞|点踩|好评|評価|満足度|평가|점수|만족도|оценка|التقييم)"
+    r"|(bewertung|zufriedenheit|puntuación|calificación|valoración|avaliação|évaluation|valutazione)(_.*)?",
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -33,7 +38,9 @@ def judged(record: dict[str, Any], *but: str) -> bool:
 
 @lru_cache(maxsize=4096)  # the same few names in every record of a file
 def _tells_judgement(name: str) -> bool:
-    return _JUDGED.fullmatch(name) is not None
+    """`Quality score (1-5)` and `qualityScore` are read as `Quality_score_1_5` and `quality_Score`."""
+    words = re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)).strip("_")
+    return _JUDGED.fullmatch(words) is not None
 
 
 def show(value: Any) -> str:
@@ -150,6 +157,12 @@ def verdict(value: Any, where: str) -> bool:
     if value not in (0, 1):  # True == 1 and 1.0 == 1
         raise Reject("invalid_label", f"{where}: expected true, false, 1 or 0, got {show(value)}")
     return bool(value)
+
+
+def flag(record: dict[str, Any], name: str, where: str = "") -> bool | None:
+    """A yes or no that a record need not have, such as that it was withdrawn; None where it says nothing."""
+    value = record.get(name)
+    return None if value is None or value == "" else verdict(value, f"{where}{name}")
 
 
 def as_json(value: Any, where: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pipelines.converters.base import Converter, LeftOut, Policy, Record, touched
 from pipelines.converters.labels import Made, each_objective, is_missing, objectives, rated, some, standings
-from pipelines.converters.messages import facts, has, judged, needed, number, show, structure, text, verdict
+from pipelines.converters.messages import facts, flag, has, judged, needed, number, show, structure, text
 from schemas.errors import POLICY_REASONS, Reject
 from schemas.feedback import Message, Row, demonstration
 
@@ -96,19 +96,14 @@ def _prompter_turns(root: _Node, broken: list[_Broken]) -> Iterator[tuple[_Node,
 def _turn(message: Record) -> Message:
     """A message as a turn; what was withdrawn, or has no text or role, is rejected."""
     name = f"message {_id(message)}"
-    if _said(message, "deleted", name) is True:
+    if flag(message, "deleted", f"{name}: "):
         raise Reject("filtered", f"{name} was deleted")
-    if _said(message, "review_result", name) is False:
+    if flag(message, "review_result", f"{name}: ") is False:
         raise Reject("filtered", f"{name} failed its review")
     given = text(needed(message, "role", f"{name}: "), f"{name}: role")
     if given not in _ROLES:
         raise Reject("unknown_role", f"{name}: role {show(given)} is neither prompter nor assistant")
     return Message(role=_ROLES[given], content=text(needed(message, "text", f"{name}: "), f"{name}: text"))
-
-
-def _said(message: Record, field: str, name: str) -> bool | None:
-    value = message.get(field)
-    return None if is_missing(value) else verdict(value, f"{name}: {field}")
 
 
 def _replies(message: Record) -> list[Any]:

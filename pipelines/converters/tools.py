@@ -28,7 +28,7 @@ from pipelines.converters.judgements import (
     texts,
 )
 from pipelines.converters.labels import is_missing, judge, person
-from pipelines.converters.messages import facts, has, judged, needed, show, text
+from pipelines.converters.messages import facts, flag, has, judged, needed, show, text
 from schemas.errors import Reject
 from schemas.feedback import Row
 
@@ -158,7 +158,7 @@ def _label_studio(record: Record, source: str, policy: Policy) -> list[Row | Lef
     """
     of = texts(mapping_in(needed(record, "data"), "data"), "data.")
     annotations = objects_in(needed(record, "annotations"), "annotations")
-    kept = [a for a in annotations if not (a.get("was_cancelled") or a.get("skipped"))]
+    kept = [a for a in annotations if not (flag(a, "was_cancelled") or flag(a, "skipped"))]
     said = gathered(kept, "annotations", lambda annotation: _results(annotation, of))
     return rows_of(said, of, source, policy, facts(record, "id"))
 

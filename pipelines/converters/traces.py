@@ -26,7 +26,7 @@ from pipelines.converters.judgements import (
     spoken,
 )
 from pipelines.converters.labels import is_missing, judge, person
-from pipelines.converters.messages import answer, facts, has, needed, number, show, verdict
+from pipelines.converters.messages import answer, facts, flag, has, needed, number, show, verdict
 from schemas.errors import Reject
 from schemas.feedback import Message, Row, demonstration
 
@@ -349,15 +349,16 @@ def _mlflow_row(record: Record, source: str, policy: Policy) -> list[Row | LeftO
 
 
 def _assessed(given: Any, of: Texts, source: str, policy: Policy, about: Mapping[str, Any]) -> list[Row | LeftOut]:
-    entries = [entry for entry in objects_in(given, "assessments") if entry.get("valid") is not False]
-    said = gathered(entries, "assessments", lambda entry: _assessment(entry, policy))
+    said = gathered(objects_in(given, "assessments"), "assessments", lambda entry: _assessment(entry, policy))
     return rows_of(said, of, source, policy, about)
 
 
 def _assessment(entry: Record, policy: Policy) -> list[Judgement]:
     """A feedback's value, or the response that an expectation of that name asks for; other expectations are facts
-    about the question, not about the response.
+    about the question, not about the response. What was replaced by a later assessment says nothing.
     """
+    if flag(entry, "valid") is False:
+        return []
     name = name_of(entry.get("assessment_name", entry.get("name")), "assessment_name")
     made = mapping_in(entry.get("source"), "source")
     kinds = {"HUMAN": person(made.get("source_id")), "LLM_JUDGE": judge(made.get("source_id")) or f"judge:{name}"}

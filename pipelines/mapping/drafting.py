@@ -19,6 +19,9 @@ _SAMPLE = 1_000
 _DEPTH = 3  # how deep fields are looked for within a field
 _FEW = 12  # a label has no more distinct values than this
 _SIDES = [("a", "b"), ("1", "2"), ("0", "1"), ("left", "right"), ("first", "second"), ("one", "two"), ("x", "y")]
+# Further words for the first and the second side, as starts of words; those of scripts without spaces stand anywhere.
+_FIRST = r"\b(erst|links|prim|izquierd|gauche|premi|esquerd|sinistr|перв|лев|الأول)|左|前者|第一|甲"
+_SECOND = r"\b(zweit|rechts|segund|derech|droit|deuxi|second|direit|destr|втор|прав|الثان)|右|后者|後者|第二|乙"
 _PROMPT = (
     r"prompt|question|instruction|query|input|user|asked|context|conversation|messages|history|post|request|task"
     r"|frage|pregunta|pergunta|domanda|вопрос|问题|問題|提问|指令|質問|질문|(ال)?سؤال"
@@ -34,21 +37,48 @@ _LABEL = (
     r"|rank|like|liked|good|correct|acceptable|helpful|which|better|best|prefer|overall|opinion|evaluation"
     r"|bewertung|gewinner|besser|ganador|preferencia|puntuación|calificación|valoración|vencedor|avaliação|gagnant"
     r"|préférence|vincitore|valutazione|оценка|评分|得分|评价|偏好|評価|평가|(ال)?تقييم"
+    r"|approved|passed|useful|usefulness|satisfaction|reaction|sentiment|accepted|zufriedenheit|hilfreich|bevorzugt|útil"
+    r"|mejor|melhor|utile|meilleure?|migliore|лучший|предпочтение|满意度|打分|点赞|更好|哪个更好|胜者|満足度|만족도|점수"
 )
 _ANNOTATOR = r"annotator|user_id|worker|evaluator|rater|labeler|labeller|reviewer|completed_by"
 _RATERS = r"(rater|annotator|judge|evaluator|reviewer|labell?er|grader|expert|human)[ _-]?[0-9]+"
 _KEPT = r"id|model|model_.*|.*_model|language|lang|category|domain|source|timestamp|date"
 _GOOD = "good|up|thumbs[ _]?up|👍|yes|true|liked?|positive|correct|accept(ed)?|1|ja|oui|s[ií]|gut|好|是|对|赞|да|نعم"
+_GOOD += (
+    "|approved|pass(ed)?|helpful|useful|safe|satisfied|sim|bueno|bon|満足|良い|満意|满意|好评|有用|좋아요|хорошо|جيد"
+)
+_GOOD += "|❤|😀|😃|🙂|😊|✅|✔|💯"
 _BAD = "bad|down|thumbs[ _]?down|👎|no|false|disliked?|negative|wrong|incorrect|reject(ed)?|0|-1|nein|non"
-_BAD += "|schlecht|坏|否|错|踩|нет|لا"
+_BAD += "|schlecht|坏|否|错|踩|нет|لا|fail(ed)?|(un|not[ _])helpful|useless|unsafe|(un|dis)satisfied|não|malo|mauvais"
+_BAD += "|不満|悪い|不满意|差评|没用|싫어요|плохо|سيئ|💔|😞|🙁|☹|😠|😡|❌|✖|✗|✘"
+# A label of such a name is higher, or yes, where the response is worse.
+_WORSE = re.compile(
+    r"wors[et]|bad(?!ge)|dislik|downvot|toxic|harm(?!less)|unsafe|hallucinat|error|mistake|severity|violat|offensive|(?<!un)bias|risk"
+    r"|problem|issue|complain|fail|incorrect|wrong|reject|loser|losing|fehler|schlecht|peor|pire|худш|更差|错误|有害|毒性",
+    re.IGNORECASE,
+)
+# What counts or measures something else than quality.
+_MEASURES = (
+    r"tokens?|length|counts?|time|timestamp|date|latency|duration|cost|price|temperature|top_p|seed|turns?|year|age|index"
+    r"|position|page|row|line|number|num|n|no|version|split|size"
+)
 _ORDERS = [  # words from the worst to the best; one of a group
     "terrible|awful very.poor|very.bad poor|bad fair|mediocre ok|okay|average|neutral good very.good|great excellent"
     " perfect",
+    "negative neutral|mixed positive",
+    "非常差|很差 差 一般|中等 好 非常好|很好",
+    "sehr.schlecht schlecht mittel|mittelmäßig|neutral gut sehr.gut",
+    "muy.mal[oa]? mal[oa]? regular buen[oa]? muy.buen[oa]?",
+    "très.mauvaise? mauvaise? moyen(ne)? bon(ne)? très.bon(ne)?",
+]
+_LIKERT = [  # of these, what was not seen between others is known all the same
     "strongly.disagree disagree neutral|neither.agree.nor.disagree agree strongly.agree",
     "very.low low medium|moderate high very.high",
     "very.unsatisfied|very.dissatisfied unsatisfied|dissatisfied neutral satisfied very.satisfied",
     "very.unhelpful unhelpful|not.helpful neutral somewhat.helpful|slightly.helpful helpful very.helpful",
     "incorrect|wrong partially.correct|partly.correct correct",
+    "非常不满意 不满意 一般 满意 非常满意",
+    "非常に不満 不満 普通 満足 非常に満足",
 ]
 _ABOUT = "judg(e)?ments?|critique|rationale|explanation|comments?|reason(ing)?|review|notes?|id|uuid|language|category"
 _ID = re.compile(
@@ -273,24 +303,59 @@ def _conversation(columns: dict[str, Column], used: list[str]) -> list[str]:
             f"chosen: {_said(chosen[0], columns)}",
             f"rejected: {_said(rejected[0], columns)}  # check: this side is the worse one",
         ]
-        return _prompt(columns, used, chosen[0]) + lines
+        return _prompt(columns, used, chosen[0], rejected[0]) + lines
     if sides := _sides(columns, used):
         used += sides
         lines = [f"first: {_said(sides[0], columns)}", f"second: {_said(sides[1], columns)}"]
-        return _prompt(columns, used, sides[0]) + lines + _label_of_two(columns, used)
-    return _single(columns, used)
+        return _prompt(columns, used, *sides) + lines + _label_of_two(columns, used)
+    return _list_of_texts(columns, used) or _single(columns, used)
+
+
+def _list_of_texts(columns: dict[str, Column], used: list[str]) -> list[str]:
+    """The lines for a list of two responses, or of several and as many ranks or scores; none where there is no such."""
+    lists = {n: values for n, values in columns.items() if n not in used and all(isinstance(v, list) for v in values)}
+    texts = [n for n, values in lists.items() if all(len(v) > 1 and all(isinstance(t, str) for t in v) for v in values)]
+    for name in texts[:1]:
+        numbers = [n for n in lists if n != name and _fit(lists[name], lists[n])]
+        used += [name, *numbers[:1]]
+        if numbers:
+            asked = [*_prompt(columns, used, name), f"responses: {_yaml(name)}"]
+            return [*asked, *_where(numbers[0]), *_of_several(lists[numbers[0]])]
+        if all(len(v) == 2 for v in lists[name]):
+            sides = [f"first: {_yaml(f'{name}[0]')}", f"second: {_yaml(f'{name}[1]')}"]
+            return [*_prompt(columns, used, name), *sides, *_label_of_two(columns, used)]
+        used.remove(name)
+    return []
+
+
+def _fit(texts: Column, lists: Column) -> bool:
+    """Whether there is a list of numbers for every list of texts, as long as it."""
+    return [*map(len, texts)] == [*map(len, lists)] and all(_number(n) is not None for v in lists for n in v)
+
+
+def _of_several(lists: Column) -> list[str]:
+    """Ranks, where every list counts from 0 or 1; else scores."""
+    for best in (0, 1):
+        if all(sorted(map(float, v)) == [*range(best, len(v) + best)] for v in lists):
+            return [f"  rank: {best}  # check: the best has this rank, not the worst"]
+    return _scale([float(n) for v in lists for n in v], [])
 
 
 def _said(name: str, columns: dict[str, Column]) -> str:
     """A prompt or response as the mapping says it: a path, and how a transcript or messages are read."""
-    texts = [v for v in columns[name] if isinstance(v, str)]
-    for markers in _MARKERS:
-        if texts and all(all(marker.strip() in v for marker in markers) for v in texts):
-            roles = ", ".join(f"{_in_quotes(m)}: {r}" for m, r in zip(markers, ("user", "assistant"), strict=True))
-            return f"{{field: {_yaml(name)}, split: {{{roles}}}}}"
+    if markers := _markers(columns[name]):
+        roles = ", ".join(f"{_in_quotes(m)}: {r}" for m, r in zip(markers, ("user", "assistant"), strict=True))
+        return f"{{field: {_yaml(name)}, split: {{{roles}}}}}"
     if found := _messages_in(columns[name]):
         return f"{{field: {_yaml(name)}, messages: {{{_names_in(found)}}}}}"
     return _yaml(name)
+
+
+def _markers(values: Column) -> tuple[str, str] | None:
+    """What stands before the turns of the user and the assistant where all texts are transcripts."""
+    texts = [v for v in values if isinstance(v, str)]
+    fitting = (markers for markers in _MARKERS if all(marker.strip() in v for marker in markers for v in texts))
+    return next(fitting, None) if texts else None
 
 
 def _names_in(found: list[dict[str, Any]]) -> str:
@@ -307,17 +372,17 @@ def _names_in(found: list[dict[str, Any]]) -> str:
 
 def _is_whole(name: str, columns: dict[str, Column]) -> bool:
     """Whether a field holds a conversation that ends in a response."""
-    if "split" in _said(name, columns):
+    if _markers(columns[name]):
         return True
     ends = [_messages_in([v])[-1] for v in columns[name] if isinstance(v, list) and _messages_in([v])]
     spoken = [str(m.get(next(k for k in _ROLE_KEYS if k in m))).lower() for m in ends]
     return bool(spoken) and all(_ROLES.get(who, who) == "assistant" for who in spoken)
 
 
-def _prompt(columns: dict[str, Column], used: list[str], response: str) -> list[str]:
-    """The prompt's line; none where the response is the end of a conversation that a field holds whole."""
+def _prompt(columns: dict[str, Column], used: list[str], *responses: str) -> list[str]:
+    """The prompt's line; none where the responses are the ends of conversations that their fields hold whole."""
     named = [n for n in _spoken(columns, _named(columns, _PROMPT, used)) if _can_be_prompt(n, columns)]
-    if not named and _is_whole(response, columns):
+    if not named and all(_is_whole(name, columns) for name in responses):
         return []
     names = named or [n for n in columns if n in _longest(columns, used)]
     if not names:
@@ -346,7 +411,7 @@ def _items(columns: dict[str, Column], used: list[str]) -> list[str]:
             continue
         used.append(name)
         asked = _prompt({**columns, said[0]: inner[said[0]]}, used, said[0])
-        judged_so = _label_of_one(_where(label), inner[label])
+        judged_so = _label_of_one(label, inner[label])
         return [f"each: {_yaml(name)}", *asked, f"response: {_yaml(said[0])}", *judged_so]
     return []
 
@@ -369,15 +434,32 @@ def _single(columns: dict[str, Column], used: list[str]) -> list[str]:
     said = _said(names[0], columns) if found else names[0]
     asked = _prompt(columns if found else columns | {"response": []}, used, names[0])
     if raters := _raters(columns, used):
-        return [*asked, f"response: {said}{guess}", *_label_of_one(_where(raters), _all_of(columns, raters))]
-    if not (label := _label(columns, used)):
+        return [*asked, f"response: {said}{guess}", *_label_of_one(raters, _all_of(columns, raters))]
+    label = _label(columns, used)
+    if not label and (likely := _may_judge(columns, used)):
+        return [*asked, f"response: {said}{guess}", *_unknown(likely, columns, used)]
+    if not label:
         return [
             *asked,
             f"demonstration: {said}{guess}",
             "# No label was found, so every response is an example to follow. With one: response instead, and label.",
         ]
     used.append(label)
-    return [*asked, f"response: {said}{guess}", *_label_of_one(_where(label), columns[label])]
+    return [*asked, f"response: {said}{guess}", *_label_of_one(label, columns[label])]
+
+
+def _unknown(names: list[str], columns: dict[str, Column], used: list[str]) -> list[str]:
+    """A label that rejects every record until somebody says what it means."""
+    used.append(names[0])
+    return [
+        *_where(names[0]),
+        "  order: [worst, best]  # is this the label? Say what it means (docs/mapping.md); until then all are rejected",
+        f"  # seen: {_all_seen(columns[names[0]])}",
+    ]
+
+
+def _all_seen(values: Column) -> str:
+    return _comment(", ".join(map(_in_quotes, _distinct(values))))
 
 
 def _raters(columns: dict[str, Column], used: list[str]) -> list[str]:
@@ -398,19 +480,53 @@ def _where(label: str | list[str]) -> list[str]:
     return ["label:", f"  {place}"]
 
 
-def _label(columns: dict[str, Column], used: list[str]) -> str | None:
-    """The field with a label: by its name, the one with values of a kind before the one with any."""
+def _label(columns: dict[str, Column], used: list[str], sides: bool = False) -> str | None:
+    """The field with a label, by its name or else by its values: of two `sides`, or of good and bad."""
     plain = [n for n, values in columns.items() if not any(isinstance(v, list | dict) for v in values)]
     named = [n for n in _named(columns, _LABEL, used) if n in plain and not re.search(_KEY, n)]
     fitting = [n for n in named if _numbers(columns[n]) or len(_distinct(columns[n])) <= _FEW]
-    telling = [n for n in plain if n not in used and not re.search(_KEY, n) and _tells_side(columns[n])]
-    return next(iter(fitting + telling), None)
+    telling = _tells_side if sides else _tells_quality
+    others = [n for n in plain if n not in used and not re.search(_KEY, n) and telling(columns[n])]
+    return next(iter(fitting + others), None)
+
+
+def _tells_quality(values: Column) -> bool:
+    """Whether the values are words for good and bad, stars, or words of a known order; numbers can be anything."""
+    distinct = [v for v in _distinct(values) if not _MISSING.fullmatch(v)]
+    if _numbers(values) or len(distinct) < 2:
+        return False
+    graded = bool(_ordered(distinct)) or all(_share(v) is not None for v in distinct)
+    return graded or all(re.fullmatch(f"{_GOOD}|{_BAD}", _same(v), re.IGNORECASE) for v in distinct)
+
+
+def _may_judge(columns: dict[str, Column], used: list[str]) -> list[str]:
+    """The fields that may say how good a response is: with words of judgement, then truth values, then numbers."""
+    others = [n for n in columns if n not in used and not re.search(_KEY, n) and not _is_prose(n, columns)]
+    named = [n for n in others if any(_hints({n: v}) for v in columns[n][:_FEW])]
+    truths = [n for n in others if all(isinstance(v, bool) for v in columns[n])]
+    measures = _named(columns, _MEASURES, used)
+    numbers = [n for n in others if n not in measures and _numbers([_with_point(v) for v in columns[n]])]
+    return list(dict.fromkeys(named + truths + numbers))
+
+
+def _hints(value: Any, depth: int = 0) -> bool:
+    """Whether a name or a text within the value is one of judgement."""
+    if isinstance(value, dict) and depth < _DEPTH:
+        told = judged(value) or any(isinstance(name, str) and re.search(_WORSE, name) for name in value)
+        return told or any(_hints(v, depth + 1) for v in value.values())
+    if isinstance(value, list) and depth < _DEPTH:
+        return not any(map(_is_message, value)) and any(_hints(v, depth + 1) for v in value[:_FEW])
+    return isinstance(value, str) and value.lower() in ("thumbs_up", "thumbs_down", "👍", "👎")
+
+
+def _with_point(value: Any) -> Any:
+    return value.replace(",", ".", 1) if isinstance(value, str) else value
 
 
 def _tells_side(values: Column) -> bool:
     """Whether the values name one side or the other, or neither."""
-    sides = {_side_of(v) for v in _distinct(values) if not _TIE.search(v)}
-    return sides == {0, 1}
+    words = [v for v in _distinct(values) if not _TIE.search(v)]
+    return len(words) > 1 and len(words) == sum(map(len, _placed(words)))
 
 
 def _distinct(values: Column) -> list[str]:
@@ -454,35 +570,52 @@ def _missing(values: Column) -> list[Any]:
     return words + ([int(n) for n in sorted(low)] if all(n >= 0 or n in low for n in numbers) else [])
 
 
-def _label_of_one(lines: list[str], values: Column) -> list[str]:
-    """What the label of a response means, after the lines that say where it is."""
+def _label_of_one(name: str | list[str], values: Column) -> list[str]:
+    """Where the label of a response is, and what it means."""
+    lines, worse = _where(name), isinstance(name, str) and re.search(_WORSE, name) is not None
     distinct = [v for v in _distinct(values) if not _MISSING.fullmatch(v)]
     missing = [v for v in _distinct(values) if _MISSING.fullmatch(v)]
     absent = [f"  missing: {_yaml(missing)}  # check: do these stand for no label?"] if missing else []
     good = [v for v in distinct if re.fullmatch(_GOOD, _same(v), re.IGNORECASE)]
     bad = [v for v in distinct if re.fullmatch(_BAD, _same(v), re.IGNORECASE)]
-    if good and bad and len(good) + len(bad) == len(distinct):
-        return [*lines, f"  thumbs: {{good: {_yaml(good)}, bad: {_yaml(bad)}}}", *absent]
+    signed = {_same(v) for v in distinct} == {"-1", "0", "1"}
+    if good and bad and len(good) + len(bad) == len(distinct) and not signed:
+        good, bad, told = (bad, good, _IS_WORSE) if worse else (good, bad, "")
+        return [*lines, f"  thumbs: {{good: {_yaml(good)}, bad: {_yaml(bad)}}}{told}", *absent]
     if numbers := _numbers(values):
-        return lines + _scale(numbers, _missing(values))
-    if len(distinct) < 2:
-        return [*lines, f"  thumbs: {{good: {_yaml(distinct or ['good'])}, bad: [{_another(distinct)}]}}"
-                "  # check: one value was seen", *absent]  # fmt: skip
-    return [*lines, *_worded(_unlike(distinct)), *absent]
+        lower = [f"  better: lower{_IS_WORSE}"] if worse else []
+        return lines + _scale(numbers, [] if signed else _missing(values), stars=not worse) + lower
+    if len(distinct) < 2 and (good or bad):
+        sides = (distinct, [_another(distinct)])
+        good, bad = sides if bool(good) != worse else sides[::-1]
+        return [*lines, f"  thumbs: {{good: {_yaml(good)}, bad: {_yaml(bad)}}}  # check: one value was seen", *absent]
+    return [*lines, *(_worded(_unlike(distinct), worse) if distinct else _unordered([])), *absent]
 
 
-def _worded(values: list[str]) -> list[str]:
+_IS_WORSE = "  # check: by its name, this says that a response is worse"
+
+
+def _worded(values: list[str], worse: bool = False) -> list[str]:
     """Shares of the best, such as 4/5; words of a known order; or the values, for somebody to put in their order."""
     if all(re.search("[%/]|out of", v.lower()) and _share(v) is not None for v in values):
         return ["  scale: unit  # shares of the best, such as 4/5 or 80%"]
+    if all(re.fullmatch("★+☆*", v) for v in values) and len(lengths := {*map(len, values)}) == 1 and not worse:
+        listed = ", ".join(f"{_in_quotes(v)}: {v.count('★')}" for v in values)
+        return [f"  map: {{{listed}}}  # check: other values are rejected", f"  stars: {max(2, *lengths)}"]
+    if worse:
+        return _unordered(values)
     if len(shares := {v: share for v in values if (share := _share(v)) is not None}) == len(values):
         listed = ", ".join(f"{_in_quotes(v)}: {share:.6g}" for v, share in shares.items())
         return [f"  map: {{{listed}}}  # check: other values are rejected", "  scale: unit"]
-    if len(commas := {v: n for v in values if (n := _number(v.replace(",", ".", 1))) is not None}) == len(values):
+    if len(commas := {v: n for v in values if (n := _number(_with_point(v))) is not None}) == len(values):
         listed = ", ".join(f"{_in_quotes(v)}: {n:g}" for v, n in commas.items())
         return [f"  map: {{{listed}}}  # check: other values are rejected", *_scale([*commas.values()], [])]
     if ordered := _ordered(values):
         return [f"  order: {_yaml(ordered)}  # check: must go from the worst to the best, the ones not seen too"]
+    return _unordered(values)
+
+
+def _unordered(values: list[str]) -> list[str]:
     return [
         "  order: [worst, best]  # put the values here, from the worst to the best; until then all are rejected",
         f"  # seen: {_comment(', '.join(map(_in_quotes, values)))}",
@@ -501,21 +634,31 @@ def _share(value: str) -> float | None:
 
 
 def _ordered(values: list[str]) -> list[str]:
-    """The values from the worst to the best, if all are words of one of the known orders."""
-    for order in _ORDERS:
-        places = {v: i for v in values for i, words in enumerate(order.split()) if re.fullmatch(words, _same(v))}
-        if len(places) == len(values) == len(set(places.values())):
-            return sorted(values, key=places.__getitem__)
+    """The values from the worst to the best, if all are words of one of the known orders.
+
+    With those that were not seen between others, where the order is one that questionnaires have.
+    """
+    for order in _ORDERS + _LIKERT:
+        steps = order.split()
+        places = {i: v for v in values for i, words in enumerate(steps) if re.fullmatch(words, _same(v))}
+        if len(places) == len(values):
+            between = range(min(places), max(places) + 1) if order in _LIKERT and len(places) > 2 else sorted(places)
+            return [places.get(i) or steps[i].split("|")[0].replace(".", " ") for i in between]
     return []
 
 
 def _unlike(values: list[str]) -> list[str]:
+    """Two or more values for an order, with a word for what was not seen where there is one only."""
+    kept = _unalike(values)
+    return kept if len(kept) > 1 else [*kept, _another(kept)]
+
+
+def _unalike(values: list[str]) -> list[str]:
     """Of values that differ in case or spelling of a number only, the first: they are one value to a mapping."""
     seen: dict[str, str] = {}
     for value in values:
         seen.setdefault(_same(value), value)
-    kept = list(seen.values())
-    return kept if len(kept) > 1 else [*kept, _another(kept)]
+    return list(seen.values())
 
 
 def _same(value: str) -> str:
@@ -528,12 +671,12 @@ def _another(values: list[str]) -> str:
     return next(word for word in ("bad", "good", "other") if word not in map(_same, values))
 
 
-def _scale(numbers: list[float], missing: list[Any]) -> list[str]:
+def _scale(numbers: list[float], missing: list[Any], stars: bool = True) -> list[str]:
     real = [n for n in numbers if n not in missing] or numbers
     low, high = min(real), max(real)
     lines = [f"  missing: {_yaml(missing)}  # check: do these stand for no label?"] if missing else []
     seen = f"  # check the ends of the scale, and that more is better; seen were {low:g} to {high:g}"
-    if low >= 1 and high in (5, 10) and all(n == int(n) for n in real):
+    if stars and low >= 1 and high in (5, 10) and all(n == int(n) for n in real):
         return [f"  stars: {int(high)}{seen}", *lines]
     for a, b in ((0, 1), (1, 5), (0, 4), (0, 5), (1, 7), (0, 10), (1, 10), (0, 100), (-1, 1)):
         if a <= low and high <= b:
@@ -548,21 +691,27 @@ def _label_of_two(columns: dict[str, Column], used: list[str]) -> list[str]:
         used += two
         return ["label:", f"  fields: {_yaml(list(two))}", "  compare: higher  # check: is more better?"]
     raters = _raters(columns, used)
-    if not (name := raters or _label(columns, used)):
-        return ["label:", "  field: winner  # no label was found: name its field", _WINNER]
+    if not (name := raters or _label(columns, used, sides=True)):
+        likely = _may_judge(columns, used)
+        used += likely[:1]
+        if not likely:
+            return ["label:", "  field: winner  # no label was found: name its field", _WINNER]
+        return [*_where(likely[0]), f"{_WINNER}  # is this the label? seen: {_all_seen(columns[likely[0]])}"]
     used += [name] if isinstance(name, str) else []
     values = _all_of(columns, raters or [str(name)])
     signed = set(_numbers(values)) <= {-1, 0, 1}
     missing = [] if signed else _missing(values)
     numbers = [n for n in _numbers(values) if n not in missing]
+    worse = isinstance(name, str) and re.search(_WORSE, name) is not None
     lines = [*_where(name), *([f"  missing: {_yaml(missing)}  # check"] if missing else [])]
     if len(set(numbers)) > 2 and set(numbers) != {0, 1, 2}:
         low, high = _ends(numbers)
         seen = f"seen were {min(numbers):g} to {max(numbers):g}"
+        low, high = (high, low) if worse else (low, high)
         check = f"# check the ends, and which of them means the first; {seen}"
         return [*lines, f"  preference: {{first: {low:g}, second: {high:g}}}  {check}"]
     absent = {_same(str(v)) for v in missing}
-    return [*lines, _winner([v for v in _distinct(values) if _same(v) not in absent], bool(numbers))]
+    return [*lines, _winner([v for v in _distinct(values) if _same(v) not in absent], bool(numbers), worse)]
 
 
 def _ends(numbers: list[float]) -> tuple[float, float]:
@@ -577,30 +726,37 @@ def _ends(numbers: list[float]) -> tuple[float, float]:
 _WINNER = '  winner: {first: ["a"], second: ["b"], tie: ["tie"]}  # check: which value means which side?'
 
 
-def _winner(distinct: list[str], numbers: bool = False) -> str:
-    """Values in three groups: ties (of 0, 1 and 2, the 0), and the others by the side they name, or of two in order."""
-    distinct = _unlike([v for v in distinct if not _MISSING.fullmatch(v) or _TIE.search(v)])
+def _winner(distinct: list[str], numbers: bool = False, worse: bool = False) -> str:
+    """Values in three groups: ties (of 0, 1 and 2, the 0), and the others by the side they name, or of two numbers in
+    order. What names no side is not placed."""
+    distinct = _unalike([v for v in distinct if not _MISSING.fullmatch(v) or _TIE.search(v)])
     ties = [v for v in distinct if _TIE.search(v) or (numbers and len(distinct) == 3 and _same(v) == "0")]
     others = sorted(v for v in distinct if v not in ties)
-    if len(others) < 2:
-        return _WINNER
-    first = [v for v in others if _side_of(v) == 0]
-    second = [v for v in others if _side_of(v) == 1]
-    if len(others) == 2 and not (first and second):
+    first, second = _placed(others)
+    if len(others) == 2 and numbers and not (first and second):
         first, second = others[:1], others[1:]
-    if not first or not second or len(first) + len(second) != len(others):
+    if not first or not second:
         return f"{_WINNER}  # seen: {_comment(', '.join(map(_in_quotes, distinct)))}"
+    first, second, told = (second, first, _IS_WORSE) if worse else (first, second, "")
     tie = f", tie: {_yaml(ties)}" if ties else ""
-    return f"  winner: {{first: {_yaml(first)}, second: {_yaml(second)}{tie}}}  # check: which value means which side?"
+    if unplaced := [v for v in others if v not in first + second]:
+        told += f"  # not placed, so rejected: {_comment(', '.join(map(_in_quotes, unplaced)))}"
+    sides = f"first: {_yaml(first)}, second: {_yaml(second)}{tie}"
+    return f"  winner: {{{sides}}}  # check: which value means which side?{told}"
 
 
-def _side_of(value: str) -> int | None:
-    """0 where a value names the first of two sides, 1 for the second, None where it names neither or both."""
-    words = re.split(r"[^a-z0-9]+", _words(value).lower())
-    for first, second in _SIDES:
-        if (first in words) != (second in words):
-            return 0 if first in words else 1
-    return None
+def _placed(values: list[str]) -> tuple[list[str], list[str]]:
+    """The values that name the first of two sides and those that name the second, by the words that place the most."""
+    words = {v: re.split(r"[\W_]+", _words(v).lower()) for v in values}
+    sides = [({v for v in values if a in words[v]}, {v for v in values if b in words[v]}) for a, b in _SIDES]
+    sides.append(({v for v in values if _names(_FIRST, v)}, {v for v in values if _names(_SECOND, v)}))
+    clear = [(first - second, second - first) for first, second in sides if first - second and second - first]
+    first, second = max(clear, key=lambda found: len(found[0] | found[1]), default=(set(), set()))
+    return sorted(first), sorted(second)
+
+
+def _names(pattern: str, value: str) -> bool:
+    return re.search(pattern, value, re.IGNORECASE) is not None
 
 
 def _rest(columns: dict[str, Column], used: list[str]) -> list[str]:
