@@ -54,14 +54,14 @@ def count(result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def split_flags(argv: list[str], ours: set[str]) -> tuple[list[str], list[str]]:
+def split_flags(argv: list[str], ours: set[str], start: str = "--") -> tuple[list[str], list[str]]:
     """Take the options that Beam knows and una does not, with their values, out of a command line."""
     known = _parser()._option_string_actions
     flags, rest, i = [], [], 0
     while i < len(argv):
         name, equals, _ = argv[i].partition("=")
         takes = 1
-        if name in known and name not in ours:
+        if name in known and name not in ours and name.startswith(start):
             takes += 0 if equals or known[name].nargs == 0 else 1
             flags += argv[i : i + takes]
         else:
@@ -131,11 +131,8 @@ def run_stage(
     build: Callable[[beam.Pipeline], object], flags: list[str], stage: str, output: str, max_rejected: float = 1.0
 ) -> dict[str, Any]:
     """Run a stage's pipeline, print and return its summary; when it fails, nothing is left of it."""
-    try:
+    with dataset.staged(stage):
         run(build, flags)
-    except BaseException:
-        dataset.discard(stage)
-        raise
     report = dataset.summary(dataset.read_manifest(output), output, max_rejected)
     dataset.print_summary(report)
     return report

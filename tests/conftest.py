@@ -2,8 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -76,6 +81,70 @@ def una_here(capsys):
         return code, out, err
 
     return call
+
+
+@contextmanager
+def served(argv: list[str], **env: str) -> Iterator[str]:
+    """Start a server in a process of its own; the address that it says it listens on."""
+    server = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env={**os.environ, **env})
+    try:
+        assert server.stderr
+        said = next((line for line in server.stderr if "http://" in line), "")
+        found = re.search(r"http://127[.]0[.]0[.]1:[0-9]+", said)
+        assert found, said
+        threading.Thread(target=server.stderr.read, daemon=True).start()  # so that it never waits for a reader
+        yield found.group()
+    finally:
+        server.kill()
+        server.wait()
+
+
+MOTO = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of a server that speaks S3, and keeps its objects in memory."""
+    pytest.importorskip("moto")
+    with served(MOTO) as address:
+        yield address
+
+
+class Bucket:
+    """An S3 bucket as its user sees it."""
+
+    def __init__(self, address: str):
+        import boto3
+
+        self.client = boto3.client("s3", endpoint_url=address)
+        self.name = f"b-{uuid.uuid4().hex}"
+        self.url = f"s3://{self.name}"
+        self.client.create_bucket(Bucket=self.name)
+
+    def put(self, key: str, data: bytes) -> str:
+        self.client.put_object(Bucket=self.name, Key=key, Body=data)
+        return f"{self.url}/{key}"
+
+    def put_all(self, directory: Path, under: str) -> None:
+        for path in directory.rglob("*"):
+            if path.is_file():
+                self.put(f"{under}/{path.relative_to(directory)}", path.read_bytes())
+
+    def get(self, key: str) -> bytes:
+        return self.client.get_object(Bucket=self.name, Key=key)["Body"].read()
+
+    def keys(self, under: str = "") -> list[str]:
+        listed = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=under)
+        return [item["Key"] for page in listed for item in page.get("Contents", [])]
+
+
+@pytest.fixture
+def bucket(s3_server, monkeypatch) -> Bucket:
+    """A new bucket, which the environment lets everybody use."""
+    for name, value in (("ENDPOINT_URL", s3_server), ("ACCESS_KEY_ID", "me"), ("SECRET_ACCESS_KEY", "secret")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    return Bucket(s3_server)
 
 
 def write_jsonl(path: Path, records) -> Path:
