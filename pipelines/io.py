@@ -270,7 +270,7 @@ class PartWriter:
 
     def _flush(self) -> None:
         if self._writer is None:
-            self._file = create(self.path)
+            self._file = create(self.path) if self._scratch else _Hashed(create(self.path))
             repeated = [c for c in ("type", "source", "labeller", "reason", "source_file") if c in self.schema.names]
             packing = "lz4" if self._scratch else "zstd"
             self._writer = pq.ParquetWriter(self._file, self.schema, compression=packing, use_dictionary=repeated)
@@ -287,11 +287,31 @@ class PartWriter:
         self._writer.close()
         self._file.close()
         facts = {"path": self.path, "rows": self.rows}
-        return facts if self._scratch else {**facts, **_size_and_hash(self.path)}
+        return facts if self._scratch else {**facts, "bytes": self._file.bytes, "sha256": self._file.hash.hexdigest()}
 
 
-def _size_and_hash(path: str) -> dict[str, Any]:
-    return {"bytes": size(path), "sha256": sha256(path)}
+class _Hashed(io.RawIOBase):
+    """A file for writing that counts and hashes what is written, so that nobody has to read it again."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.bytes, self.hash = file, 0, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        self.bytes += len(data)
+        self._file.write(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.bytes
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+            super().close()
 
 
 def sha256(path: str) -> str:

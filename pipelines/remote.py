@@ -4,6 +4,7 @@ A store has no directories and renames nothing: it lists, reads, writes, copies 
 is a `UserError` that names the path, also while a stream is read or written.
 """
 
+import copy as copies
 import functools
 import io
 import logging
@@ -172,6 +173,7 @@ def _beam(path: str) -> Any:
         connect([])
     scheme, _, rest = path.partition("://")
     if scheme == "s3":
+        _share_clients()
         _check_bucket(rest.partition("/")[0])
     try:
         return FileSystems.get_filesystem(path)
@@ -186,11 +188,23 @@ def _lacking(scheme: str) -> UserError:
 
 
 @functools.cache
+def _share_clients() -> None:
+    """Beam makes a boto3 client for every operation, which takes longer than the operation: make one for all of them.
+
+    Each gets a copy of Beam's object around it, which holds the place in the stream that it reads.
+    """
+    from apache_beam.io.aws.clients.s3 import boto3_client
+
+    made = functools.cache(boto3_client.Client)
+    boto3_client.Client = lambda options: copies.copy(made(options))
+
+
+@functools.cache
 def _check_bucket(bucket: str) -> None:
     """`UserError` where an S3 bucket or the way to it is missing: Beam itself would try again for ten minutes."""
     try:
         import boto3  # noqa: F401 - Beam's client fails on an assertion without it
-        from apache_beam.io.aws.clients.s3.boto3_client import Client
+        from apache_beam.io.aws.clients.s3 import boto3_client
         from botocore.exceptions import BotoCoreError, ClientError
     except ImportError:
         raise _lacking("s3") from None
@@ -199,7 +213,7 @@ def _check_bucket(bucket: str) -> None:
 
     try:
         options = FileSystems._pipeline_options or RuntimeValueProvider.runtime_options
-        Client(options).client.head_bucket(Bucket=bucket)
+        boto3_client.Client(options).client.head_bucket(Bucket=bucket)
     except ClientError as error:  # who may not list the bucket may still read and write in it
         if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
             raise UserError(f"s3://{bucket}: no such bucket; check its name, or make it first") from None
@@ -239,8 +253,8 @@ def _told(path: str) -> Iterator[None]:
 
 def _cause(error: Exception) -> str:
     """What is behind an error of Beam's, and what to do where that is known."""
-    behind = getattr(error, "exception_details", None) or {}
-    error = next((e for e in behind.values() if isinstance(e, Exception)), error)
+    while behind := getattr(error, "exception_details", None):  # path → error
+        error = next(iter(behind.values()))
     cure = _CURES.get(getattr(error, "code", None) or 0)
     said = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return f"{cure} ({said})" if cure else said
