@@ -196,7 +196,7 @@ def _share_clients() -> None:
     from apache_beam.io.aws.clients.s3 import boto3_client
 
     made = functools.cache(boto3_client.Client)
-    boto3_client.Client = lambda options: copies.copy(made(options))
+    boto3_client.Client = lambda options: copies.copy(made(options))  # type: ignore[misc, assignment]
 
 
 @functools.cache

@@ -433,7 +433,7 @@ def test_google_storage(una_here, tmp_path, monkeypatch):
             there = {path.removeprefix(f"gs://bucket/{name}/"): path for path in remote.below(f"gs://bucket/{name}")}
             assert {name: io.open_raw(path).read() for name, path in there.items()} == files(tmp_path / name)
         assert [path for path in remote.below("gs://bucket") if ".incomplete" in path] == []
-        for path, says in (("gs://none/x.jsonl", "no such file"), ("gs://bucket/*.none", "no file matches")):
+        for path, says in (("gs://none/x.jsonl", "no such bucket"), ("gs://bucket/*.none", "no file matches")):
             code, _, err = una_here("inspect", path)
             check_one_line(code, err, says)
     finally:
