@@ -18,6 +18,10 @@ from apache_beam.options.pipeline_options import (
     StandardOptions,
     _BeamArgumentParser,
 )
+from apache_beam.portability.api import beam_provision_api_pb2 as provision
+from apache_beam.runners.job import utils as job_utils
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.runners.portability.fn_api_runner.fn_runner import ExtendedProvisionInfo
 
 from pipelines import dataset
 from schemas.errors import UsageError, UserError
@@ -73,14 +77,14 @@ def count(result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def split_flags(argv: list[str], ours: set[str]) -> tuple[list[str], list[str]]:
+def split_flags(argv: list[str], ours: set[str], start: str = "--") -> tuple[list[str], list[str]]:
     """Take the options that Beam knows and una does not, with their values, out of a command line."""
     known = _parser()._option_string_actions
     flags, rest, i = [], [], 0
     while i < len(argv):
         name, equals, _ = argv[i].partition("=")
         takes = 1
-        if name in known and name not in ours:
+        if name in known and name not in ours and name.startswith(start):
             takes += 0 if equals or known[name].nargs == 0 else 1
             flags += argv[i : i + takes]
         else:
@@ -112,14 +116,21 @@ def across_processes(flags: list[str]) -> bool:
     return PipelineOptions(flags).view_as(DirectOptions).direct_running_mode == "multi_processing"
 
 
-def _chosen(flags: list[str]) -> tuple[PipelineOptions, str]:
+def _chosen(flags: list[str]) -> tuple[PipelineOptions, str | FnApiRunner]:
     chosen = PipelineOptions(flags)
     runner = chosen.view_as(StandardOptions).runner or _LOCAL
     if "dask" in runner.lower():
         raise UsageError("--runner DaskRunner: refused, it loses data silently and still reports success")
     if runner.rsplit(".", 1)[-1].lower() in ("directrunner", "bundlebaseddirectrunner"):
         runner = _LOCAL
-    return chosen, runner
+    return chosen, _local(chosen) if runner == _LOCAL else runner
+
+
+def _local(chosen: PipelineOptions) -> FnApiRunner:
+    """Beam's local runner; by itself it tells its worker processes no options, and they would not reach the stores."""
+    of_stores = {k: v for k, v in chosen.get_all_options(drop_default=True).items() if k.startswith("s3_")}
+    told = job_utils.dict_to_struct({f"beam:option:{name}:v1": value for name, value in of_stores.items()})
+    return FnApiRunner(provision_info=ExtendedProvisionInfo(provision.ProvisionInfo(pipeline_options=told)))
 
 
 def run(build: Callable[[beam.Pipeline], object], flags: list[str]) -> None:
@@ -151,11 +162,8 @@ def run_stage(
     build: Callable[[beam.Pipeline], object], flags: list[str], stage: str, output: str, max_rejected: float = 1.0
 ) -> dict[str, Any]:
     """Run a stage's pipeline, print and return its summary; when it fails, nothing is left of it."""
-    try:
+    with dataset.staged(stage):
         run(build, flags)
-    except BaseException:
-        dataset.discard(stage)
-        raise
     report = dataset.summary(dataset.read_manifest(output), output, max_rejected)
     dataset.print_summary(report)
     return report

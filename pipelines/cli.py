@@ -7,13 +7,14 @@ import sys
 
 from schemas import command
 
-# name → (module, function that adds arguments, function that runs, takes Beam options, one line of help, examples)
-COMMANDS: dict[str, tuple[str, str, str, bool, str, str]] = {
+ALL, STORES, NONE = "--", "--s3_", ""  # how those of Beam's options start that a command takes
+# name → (module, function that adds arguments, function that runs, Beam's options, one line of help, examples)
+COMMANDS: dict[str, tuple[str, str, str, str, str, str]] = {
     "inspect": (
         "pipelines.understand",
         "add_inspect_arguments",
         "inspect",
-        False,
+        STORES,
         "show how files would be read: format, feedback type, fields, sample rows",
         "una inspect ratings.csv\nuna inspect exports/ thumbs.jsonl.gz",
     ),
@@ -21,7 +22,7 @@ COMMANDS: dict[str, tuple[str, str, str, bool, str, str]] = {
         "pipelines.ingest",
         "add_arguments",
         "command",
-        True,
+        ALL,
         "turn raw feedback files into feedback rows",
         "una ingest comparisons.jsonl thumbs.jsonl.gz --output data/rows\n"
         "una ingest train.parquet --format helpsteer --source helpsteer2 --output data/rows\n"
@@ -32,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str, str, bool, str, str]] = {
         "pipelines.filters",
         "add_arguments",
         "command",
-        True,
+        ALL,
         "drop rows by language, length, duplication and overlap with evaluation prompts",
         "una filter data/rows --output data/clean --language en,de --exact-duplicates --near-duplicates 0.8\n"
         "una filter data/rows --output data/clean --decontaminate gsm8k.jsonl mmlu.csv",
@@ -41,7 +42,7 @@ COMMANDS: dict[str, tuple[str, str, str, bool, str, str]] = {
         "pipelines.reference",
         "add_arguments",
         "command",
-        True,
+        ALL,
         "add token ids and reference log-probs",
         "una reference data/rows --model models/base --output data/scored\n"
         "una reference data/rows --model models/base --engine vllm --dtype bfloat16 --output data/scored",
@@ -50,7 +51,7 @@ COMMANDS: dict[str, tuple[str, str, str, bool, str, str]] = {
         "pipelines.publish",
         "add_arguments",
         "command",
-        True,
+        ALL,
         "split, remove duplicates, write shards and a dataset card",
         "una publish data/scored --output data/published --split train=0.95,test=0.05\n"
         "una publish data/ratings data/thumbs --output data/both",
@@ -59,7 +60,7 @@ COMMANDS: dict[str, tuple[str, str, str, bool, str, str]] = {
         "pipelines.view",
         "add_arguments",
         "command",
-        False,
+        STORES,
         "turn one type of feedback into another, such as scores into comparisons",
         "una view data/published --as pairwise --output data/pairs\n"
         "una view data/published --as binary --threshold 0.7 --output data/thumbs",
@@ -68,7 +69,7 @@ COMMANDS: dict[str, tuple[str, str, str, bool, str, str]] = {
         "pipelines.export",
         "add_arguments",
         "command",
-        False,
+        STORES,
         "write rows as a file for another trainer or a labelling tool",
         "una export data/published --to trl-preference --split train --output pairs.jsonl\n"
         "una export data/published --to llama-factory --split all --type binary --output kto.json",
@@ -77,7 +78,7 @@ COMMANDS: dict[str, tuple[str, str, str, bool, str, str]] = {
         "una_train.train",
         "add_arguments",
         "command",
-        False,
+        NONE,
         "train a policy on a published dataset",
         "una train data/published --model models/base --output runs/policy --set beta=0.1 --set lora=true\n"
         "accelerate launch -m una_train data/published --model models/base --output runs/policy",
@@ -86,7 +87,7 @@ COMMANDS: dict[str, tuple[str, str, str, bool, str, str]] = {
         "pipelines.report",
         "add_arguments",
         "command",
-        False,
+        STORES,
         "a dataset or a training run as one HTML file",
         "una report data/published\nuna report runs/policy --output report.html",
     ),
@@ -94,21 +95,27 @@ COMMANDS: dict[str, tuple[str, str, str, bool, str, str]] = {
         "pipelines.recipe",
         "add_arguments",
         "command",
-        True,
+        ALL,
         "run all stages of a recipe, skipping those that are unchanged",
         "una run examples/demo.yaml",
     ),
 }
 
 
+_BEAMS = {
+    ALL: "\n\nOther options go to Beam (--runner, --direct_num_workers, --s3_endpoint_url, …).",
+    STORES: "\n\nOptions for s3:// paths (--s3_endpoint_url, …) go to Beam.",
+    NONE: "",
+}
+
+
 def parser_for(name: str) -> argparse.ArgumentParser:
     """The parser of one subcommand."""
-    module, add, _, takes_beam, text, examples = COMMANDS[name]
+    module, add, _, beams, text, examples = COMMANDS[name]
     parser = argparse.ArgumentParser(
         prog=f"una {name}",
         description=text[0].upper() + text[1:] + ".",
-        epilog=f"examples:\n  {examples.replace(chr(10), chr(10) + '  ')}"
-        + ("\n\nOther options go to Beam (--runner, --direct_num_workers, …)." if takes_beam else ""),
+        epilog=f"examples:\n  {examples.replace(chr(10), chr(10) + '  ')}" + _BEAMS[beams],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -121,11 +128,12 @@ def parse(name: str, argv: list[str]) -> argparse.Namespace:
     """Parse a subcommand's arguments; options that only Beam knows are kept for it in `args.beam`."""
     parser = parser_for(name)
     ours = parser._option_string_actions
+    start = COMMANDS[name][3]
     flags: list[str] = []
-    if COMMANDS[name][3] and any(a.startswith("--") and a.split("=")[0] not in ours for a in argv):
+    if start and any(a.startswith(start) and a.split("=")[0] not in ours for a in argv):
         from pipelines import beam
 
-        flags, argv = beam.split_flags(argv, set(ours))
+        flags, argv = beam.split_flags(argv, set(ours), start)
     args, rest = parser.parse_known_args(argv)
     if rest:
         parser.error(f"unknown argument {rest[0]}{command.did_you_mean(rest[0], ours)}")
@@ -135,6 +143,10 @@ def parse(name: str, argv: list[str]) -> argparse.Namespace:
 
 def call(name: str, args: argparse.Namespace) -> dict:
     """Run a subcommand in this process and return its summary."""
+    if args.beam:
+        from pipelines import remote
+
+        remote.connect(args.beam)
     module, _, function, *_ = COMMANDS[name]
     return getattr(importlib.import_module(module), function)(args)
 

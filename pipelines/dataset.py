@@ -1,26 +1,31 @@
 """Dataset directories: where a stage writes, and the one commit that makes its output appear.
 
 A stage writes part files into a staging directory beside its output. `commit` counts that nothing was
-lost, names the parts, writes the card and the manifest, and renames the directory into place.
+lost, names the parts, writes the card and the manifest, and renames the directory into place. A store renames
+nothing: there it copies the parts, and they are a dataset once there is a manifest, which goes first and comes last.
 """
 
 import dataclasses
 import fcntl
 import json
+import logging
 import os
 import shutil
 import textwrap
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipelines import io
+from pipelines import io, remote
 from schemas.errors import POLICY_REASONS, UsageError, UserError
 from schemas.feedback import FEEDBACK, REFERENCE_COLUMNS, SCORED
 from schemas.manifest import NAME, Manifest
 
+log = logging.getLogger(__name__)
 LOCK = ".lock"
+JOURNAL = "commit.json"  # in a store's staging directory: the names that a commit deletes and writes
 _locks: list[Any] = []
 
 Result = dict[str, Any]  # what one unit of work reports; see `result`
@@ -36,23 +41,35 @@ def staging(output: str) -> str:
 
 def refuse(output: str, inputs: Iterable[str]) -> None:
     """`UsageError` when writing `output` would touch an input, or the output would be read as one."""
+    target = _place(output)
     if io.is_remote(output):
-        return
-    target = Path(output).resolve()
-    for path in [Path.cwd(), Path.home(), *(Path(p).resolve() for p in inputs if not io.is_remote(p))]:
+        _refuse_in_store(output)
+    for path in [Path.cwd(), Path.home(), *map(_place, inputs)]:
         if path == target or target in path.parents:
             raise UsageError(f"--output {output}: cannot be the output, it holds {path}; name another directory")
-    for path in (Path(p).resolve() for p in inputs if os.path.isdir(p)):
-        if path in target.parents:
-            raise UsageError(f"--output {output}: lies inside the input {path}; name a directory outside it")
+    for name in inputs:
+        if (io.is_remote(name) or os.path.isdir(name)) and _place(name) in target.parents:
+            raise UsageError(f"--output {output}: lies inside the input {name}; name a directory outside it")
+
+
+def _place(path: str) -> Path:
+    return Path(path) if io.is_remote(path) else Path(path).resolve()
+
+
+def _refuse_in_store(output: str) -> None:
+    if output.startswith("hf://"):
+        raise UsageError(f"--output {output}: hf:// can only be read; write a directory and `hf upload` it")
+    if len(Path(output).parts) < 3:
+        raise UsageError(f"--output {output}: is a whole bucket; name a directory in it, such as {output}/rows")
+    if any(c in output for c in "*?["):
+        raise UsageError(f"--output {output}: holds one of * ? [, which stand for others in paths; choose another name")
 
 
 def prepare(output: str, overwrite: bool) -> str:
     """Make an empty staging directory and return it; `UserError` if `output` is taken and not to be overwritten."""
     stage = staging(output)
     if io.is_remote(output):
-        if _exists(f"{output}/{NAME}") and not overwrite:
-            raise UserError(f"{output}: holds a dataset; pass --overwrite to replace it")
+        _prepare_in_store(stage, output, overwrite)
         return stage
     target = Path(output)
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
@@ -65,6 +82,20 @@ def prepare(output: str, overwrite: bool) -> str:
     return stage
 
 
+def _prepare_in_store(stage: str, output: str, overwrite: bool) -> None:
+    """Delete what a killed run left: its parts, and of a commit that it did not end the files that it names."""
+    left, held, journal = remote.below(stage), remote.below(output), f"{stage}/{JOURNAL}"
+    if journal in left and f"{output}/{NAME}" not in held:
+        with io.open_raw(journal) as file:
+            half = sorted(held.keys() & {f"{output}/{name}" for name in json.loads(file.read())})
+        remote.delete(half)
+        held = {path: size for path, size in held.items() if path not in half}
+    if held and not overwrite:
+        raise UserError(f"{output}: holds {io.name(min(held))}; pass --overwrite to replace it, or another --output")
+    remote.delete(list(left))
+    io.write_whole(journal, b"[]")  # who may not write there is told now
+
+
 def _lock(stage: str, output: str) -> None:
     """Hold the staging directory until this process ends, so that two runs never write one output."""
     lock = open(f"{stage}/{LOCK}", "w")  # noqa: SIM115 - open as long as the process lives
@@ -75,10 +106,26 @@ def _lock(stage: str, output: str) -> None:
     _locks.append(lock)
 
 
-def discard(stage: str) -> None:
-    """Remove a staging directory after a failure."""
+@contextmanager
+def staged(stage: str) -> Iterator[None]:
+    """Around all that writes into a staging directory and commits it: at the end nothing is left of it."""
+    try:
+        yield
+    except BaseException:
+        _discard(stage)
+        raise
+    if io.is_remote(stage):  # a local one has become the output
+        _discard(stage)
+
+
+def _discard(stage: str) -> None:
     if not io.is_remote(stage):
         shutil.rmtree(stage, ignore_errors=True)
+        return
+    try:
+        remote.delete(list(remote.below(stage)))
+    except UserError as error:
+        log.warning("%s; the next run to this output deletes what is left in %s", error, stage)
 
 
 def result(index: list[int], *, split: str = "train") -> Result:
@@ -109,10 +156,7 @@ def commit(results: list[Result], manifest: Manifest, stage: str, output: str) -
     moves = _names(results)
     manifest.files = [{**facts, "path": name} for facts, name in moves]
     texts = {"README.md": card(manifest), NAME: manifest.to_json()}
-    if io.is_remote(output):
-        _commit_remote(moves, texts, output)
-    else:
-        _commit_local(moves, texts, stage, output)
+    (_commit_in_store if io.is_remote(output) else _commit_local)(moves, texts, stage, output)
     return manifest
 
 
@@ -173,24 +217,17 @@ def _commit_local(moves: list[tuple[dict[str, Any], str]], texts: dict[str, str]
     os.rmdir(stage)
 
 
-def _commit_remote(moves: list[tuple[dict[str, Any], str]], texts: dict[str, str], output: str) -> None:
-    """Object stores rename no directories: the manifest goes first when replacing and comes last."""
-    from apache_beam.io.filesystems import FileSystems
-
-    stale = [f"{output}/{NAME}"] + [m.path for m in FileSystems.match([f"{output}/**.parquet"])[0].metadata_list]
-    for path in stale:
-        if _exists(path):
-            FileSystems.delete([path])
-    FileSystems.rename([facts["path"] for facts, _ in moves], [f"{output}/{name}" for _, name in moves])
-    for name, text in texts.items():
-        with io.create(f"{output}/{name}") as file:
-            file.write(text.encode())
-
-
-def _exists(path: str) -> bool:
-    from apache_beam.io.filesystems import FileSystems
-
-    return FileSystems.exists(path)
+def _commit_in_store(moves: list[tuple[dict[str, Any], str]], texts: dict[str, str], stage: str, output: str) -> None:
+    """Staged parts are copied, so that a worker may do it again; should none do, the next run reads the journal."""
+    old = {path.removeprefix(f"{output}/") for path in remote.below(output)}
+    old = {name for name in old if name in (NAME, *texts, "report.html") or name.startswith(("data/", "rejected/"))}
+    new = {name: facts["path"] for facts, name in moves}
+    io.write_whole(f"{stage}/{JOURNAL}", json.dumps(sorted({*old, *new, *texts})).encode())
+    remote.delete([f"{output}/{NAME}"] if NAME in old else [])  # now it is no dataset
+    remote.delete([f"{output}/{name}" for name in sorted(old - {NAME})])
+    remote.copy({path: f"{output}/{name}" for name, path in new.items()})
+    for name, text in texts.items():  # the manifest last: now it is one again
+        io.write_whole(f"{output}/{name}", text.encode())
 
 
 def read_manifest(directory: str) -> Manifest:
@@ -198,7 +235,7 @@ def read_manifest(directory: str) -> Manifest:
     if not io.is_remote(directory):
         return Manifest.read(directory)
     path = f"{directory.rstrip('/')}/{NAME}"
-    if not _exists(path):
+    if not remote.exists(path):
         raise UserError(f"{directory}: no {NAME} here, so it is no dataset directory; run `una ingest` first")
     with io.open_bytes(path) as file:
         return Manifest.from_json(file.read().decode(), path)
@@ -209,11 +246,14 @@ def data_files(directory: str, manifest: Manifest) -> list[str]:
     listed = [f for f in manifest.files if f["path"].startswith("data/")]
     if not listed:
         raise UserError(f"{directory}: the dataset has no rows")
+    root = directory.rstrip("/")
+    stored = remote.below(f"{root}/data") if io.is_remote(root) else {}
     for facts in listed:
-        path = Path(directory) / facts["path"]
-        if not io.is_remote(directory) and (not path.is_file() or path.stat().st_size != facts["bytes"]):
+        path = f"{root}/{facts['path']}"
+        size = stored.get(path) if io.is_remote(path) else os.path.getsize(path) if os.path.isfile(path) else None
+        if size != facts["bytes"]:
             raise UserError(f"{path}: missing or not as {NAME} recorded it; run the stage that wrote it again")
-    return [f"{directory.rstrip('/')}/{f['path']}" for f in listed]
+    return [f"{root}/{f['path']}" for f in listed]
 
 
 def intact(directory: str) -> bool:

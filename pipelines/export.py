@@ -20,7 +20,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines import dataset, io
+from pipelines import dataset, io, readers
 from schemas.command import share
 from schemas.errors import UsageError, UserError
 from schemas.feedback import FEEDBACK, TYPES
@@ -548,10 +548,10 @@ def write(made: Iterable[dict[str, Any]], target: Exporter, context: Context, pa
         assert target.schema is not None
         _write_parquet(made, target.schema(context), path)
     elif output.endswith(".gz"):
-        with open(path, "wb") as file, gzip.GzipFile(fileobj=file, mode="wb", filename="", mtime=0) as zipped:
+        with io.create(path) as file, gzip.GzipFile(fileobj=file, mode="wb", filename="", mtime=0) as zipped:
             _write_json(made, target.array, zipped)
     else:
-        with open(path, "wb") as file:
+        with io.create(path) as file:
             _write_json(made, target.array, file)
 
 
@@ -565,7 +565,7 @@ def _write_json(made: Iterable[dict[str, Any]], array: bool, file: BinaryIO | gz
 
 def _write_parquet(made: Iterable[dict[str, Any]], schema: pa.Schema, path: str) -> None:
     pending: list[dict[str, Any]] = []
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+    with io.create(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for record in made:
             pending.append(record)
             if len(pending) == BATCH_ROWS:
@@ -619,13 +619,13 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     if target.single and len(expected.rows) > 1:
         kinds = " and ".join(f"{kind} ({n} rows)" for kind, n in sorted(expected.rows.items()))
         raise UsageError(f"--to {args.to}: a file holds one type, and here are {kinds}; choose with --type")
-    info, known = _beside(args.output) if args.to == "llama-factory" else (Path(), {})
+    info, known = _beside(args.output) if args.to == "llama-factory" else ("", {})
     context = replace(context, tools=expected.tools)
     _write_whole(read(files, reference), target, context, expected, args.output)
     if args.to == "llama-factory":
         entry = dataset_info(Path(args.output), next(iter(expected.rows)), context.tools)
-        _replace_text(info, json.dumps({**known, **entry}, indent=2, ensure_ascii=False) + "\n")
-        report["dataset_info"] = str(info)
+        io.write_whole(info, (json.dumps({**known, **entry}, indent=2, ensure_ascii=False) + "\n").encode())
+        report["dataset_info"] = info
     print(args.output)
     return report
 
@@ -635,13 +635,11 @@ def _check_arguments(args: argparse.Namespace, target: Exporter) -> None:
     endings += (".parquet",) if target.schema else ()
     if not args.output.endswith(endings):
         raise UsageError(f"--output {args.output}: {args.to} is written to a file that ends in {' or '.join(endings)}")
-    if io.is_remote(args.output):
-        raise UsageError(f"--output {args.output}: write a local file and copy it there")
     if args.threshold is not None and args.to != "trl-kto":
         raise UsageError(f"--threshold: only for trl-kto; for {args.to}, run `una view --as binary --threshold` first")
-    if os.path.isdir(args.output) or (os.path.exists(args.output) and not args.overwrite):
-        raise UserError(f"{args.output}: exists; pass --overwrite to replace it, or another --output")
     dataset.refuse(args.output, [args.directory])
+    if os.path.isdir(args.output) or (io.exists(args.output) and not args.overwrite):
+        raise UserError(f"{args.output}: exists; pass --overwrite to replace it, or another --output")
 
 
 def _files(directory: str, manifest: Manifest, split: str | None) -> list[str]:
@@ -688,29 +686,22 @@ def _report(args: argparse.Namespace, manifest: Manifest, tally: Tally) -> dict[
 def _write_whole(rows: Iterable[Row], target: Exporter, context: Context, expected: Tally, output: str) -> None:
     """Write beside the output and rename; what is written is what was announced."""
     partial, found = dataset.staging(output), Tally()
-    Path(partial).parent.mkdir(parents=True, exist_ok=True)
     try:
         write(records(rows, target, context, found), target, context, partial, output)
         assert found == expected, f"{found} was written, {expected} was announced"
-        os.replace(partial, output)
+        io.move(partial, output)
     except BaseException:
-        Path(partial).unlink(missing_ok=True)
+        io.remove(partial)
         raise
 
 
-def _beside(output: str) -> tuple[Path, dict[str, Any]]:
+def _beside(output: str) -> tuple[str, dict[str, Any]]:
     """The dataset_info.json beside the output, where LLaMA-Factory looks, and the entries that it has."""
-    path = Path(output).parent / "dataset_info.json"
-    try:
-        known = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    except ValueError:
-        known = None
+    path = f"{output.rpartition('/')[0] or '.'}/dataset_info.json"
+    if not io.exists(path):
+        return path, {}
+    with io.open_raw(path) as file:
+        known = readers.parse(file.read())
     if not isinstance(known, dict):
         raise UserError(f"{path}: no JSON object, so {output} cannot be entered in it; mend it and run again")
     return path, known
-
-
-def _replace_text(path: Path, text: str) -> None:
-    partial = Path(dataset.staging(str(path)))
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)

@@ -1,8 +1,8 @@
 """Paths, opening and writing: everything that touches bytes and knows nothing of what they hold.
 
 Finds the files that paths, directories and glob patterns name, opens them (unpacking gzip, bzip2, xz and zstd as a
-stream), and writes part files. Paths with a scheme (gs://, s3://) go through Beam's filesystems, hf:// through
-huggingface_hub; everything else is a local path. What a file holds is the readers' work.
+stream), and writes files. Paths with a scheme (s3://, gs://, hf://) are remote.py's; everything else is a local path.
+What a file holds is the readers' work.
 """
 
 import bz2
@@ -15,6 +15,7 @@ import lzma
 import os
 import re
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines import remote
+from pipelines.remote import is_remote
 from schemas.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -55,8 +58,9 @@ _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 # --- finding files -------------------------------------------------------------------------------
 
 
-def is_remote(path: str) -> bool:
-    return "://" in path
+def exists(path: str) -> bool:
+    """Whether there is such a file or, locally, directory."""
+    return remote.exists(path) if is_remote(path) else os.path.exists(path)
 
 
 def expand(paths: list[str]) -> list[str]:
@@ -66,14 +70,12 @@ def expand(paths: list[str]) -> list[str]:
     """
     found: list[str] = []
     for path in paths:
-        if path.startswith("hf://"):
-            found += _on_hub(path)
-        elif is_remote(path) or (any(c in path for c in "*?[") and not os.path.exists(path)):
-            found += _match(path)
-        elif os.path.isdir(path):
-            found += _in_directory(path)
-        elif os.path.exists(path):
+        if _is_file(path):
             found.append(path)
+        elif any(c in path for c in "*?[") and not os.path.exists(path):
+            found += _match(path)
+        elif is_remote(path) or os.path.isdir(path):
+            found += _in_directory(path)
         else:
             raise UserError(f"{path}: no such file or directory")
     for path in found:
@@ -89,10 +91,19 @@ def _require_file(path: str) -> None:
         raise UserError(f"{os.fsencode(path)!r}: the name is not valid UTF-8; rename the file")
 
 
-def _match(pattern: str) -> list[str]:
-    from apache_beam.io.filesystems import FileSystems
+def _is_file(path: str) -> bool:
+    if is_remote(path):
+        return not path.endswith("/") and remote.exists(path)
+    return os.path.exists(path) and not os.path.isdir(path)
 
-    files = sorted(m.path for m in FileSystems.match([pattern])[0].metadata_list)
+
+def _match(pattern: str) -> list[str]:
+    if is_remote(pattern):
+        files = [path for path in remote.match(pattern) if not pattern.startswith("hf://") or _is_data(name(path))]
+    else:
+        from apache_beam.io.filesystems import FileSystems
+
+        files = sorted(m.path for m in FileSystems.match([pattern])[0].metadata_list)
     if not files:
         raise UserError(f"{pattern}: no file matches")
     return files
@@ -100,8 +111,8 @@ def _match(pattern: str) -> list[str]:
 
 def _in_directory(directory: str) -> list[str]:
     files, skipped = [], []
-    for folder, names in _folders(directory):
-        listed = _saved_dataset(folder) if {"state.json", "dataset_info.json"} <= set(names) else names
+    for folder, names in _folders_of_store(directory) if is_remote(directory) else _folders(directory):
+        listed = _saved_dataset(folder, names) if {"state.json", "dataset_info.json"} <= set(names) else names
         files += [f"{folder}/{name}" for name in listed if _is_data(name)]
         skipped += [f"{folder}/{name}" for name in names if name not in listed or not _is_data(name)]
     if skipped:
@@ -110,6 +121,18 @@ def _in_directory(directory: str) -> list[str]:
         looked_for = f"{', '.join(ENDINGS)} (and {', '.join(PACKED_ENDINGS)})"
         raise UserError(f"{directory}: no data in this directory; looked for {looked_for}")
     return sorted(files, key=lambda path: Path(path).parts)
+
+
+def _folders_of_store(directory: str) -> Iterator[tuple[str, list[str]]]:
+    """As `_folders`, of the objects whose paths start with a directory's."""
+    start, found = directory.rstrip("/"), defaultdict(list)
+    for path in remote.below(start):
+        folder, _, name = path.rpartition("/")
+        if "/." not in folder.removeprefix(start):
+            found[folder].append(name)
+    if not found:
+        raise UserError(f"{directory}: no such file or directory")
+    yield from found.items()
 
 
 def _folders(directory: str) -> Iterator[tuple[str, list[str]]]:
@@ -126,40 +149,19 @@ def _is_data(name: str) -> bool:
     return ending(name) in ENDINGS and not name.startswith(".") and name not in _DESCRIPTIONS
 
 
-def _saved_dataset(folder: str) -> list[str]:
+def _saved_dataset(folder: str, names: list[str]) -> list[str]:
     """The files of a saved dataset in its order (datasets.arrow_dataset.Dataset.load_from_disk reads the same)."""
     try:
-        state = json.loads(Path(folder, "state.json").read_bytes())
-        names = [str(file["filename"]) for file in state["_data_files"]]
+        with open_raw(f"{folder}/state.json") as file:
+            state = json.loads(file.read())
+        listed = [str(file["filename"]) for file in state["_data_files"]]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{folder}/state.json: lists no data files ({error!r}); save the dataset again") from None
     if state.get("_indices_data_files"):
         raise UserError(f"{folder}: holds rows that its indices leave out; save the dataset again with `datasets` 2+")
-    if missing := [name for name in names if not Path(folder, name).is_file()]:
+    if missing := [name for name in listed if name not in names]:
         raise UserError(f"{folder}: state.json lists {missing[0]}, which is not there; copy the directory again")
-    return names
-
-
-def _on_hub(path: str) -> list[str]:
-    """Files of the Hugging Face Hub: hf://datasets/user/name/path, a file, a directory or a pattern."""
-    hub = _hub()
-    bare = path.removeprefix("hf://").rstrip("/")
-    try:
-        names = hub.glob(bare) if any(c in bare for c in "*?[") else hub.find(bare)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    files = sorted(f"hf://{name}" for name in names if name == bare or _is_data(PurePosixPath(name).name))
-    if not files:
-        raise UserError(f"{path}: no data there; looked for {', '.join(ENDINGS)}")
-    return files
-
-
-def _hub() -> Any:
-    try:
-        from huggingface_hub import HfFileSystem
-    except ImportError:
-        raise UserError("hf:// paths need the package huggingface_hub: pip install huggingface_hub") from None
-    return HfFileSystem()
+    return listed
 
 
 def ending(path: str) -> str:
@@ -235,14 +237,7 @@ def unreadable(path: str, error: Exception) -> UserError:
 
 def open_raw(path: str) -> BinaryIO:
     """Open for reading as it lies there."""
-    if not is_remote(path):
-        return open(path, "rb")
-    if path.startswith("hf://"):
-        return _hub().open(path.removeprefix("hf://"), "rb")
-    from apache_beam.io.filesystem import CompressionTypes
-    from apache_beam.io.filesystems import FileSystems
-
-    return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
+    return remote.open_raw(path) if is_remote(path) else open(path, "rb")
 
 
 def open_parquet(path: str) -> pq.ParquetFile:
@@ -281,7 +276,7 @@ class PartWriter:
 
     def _flush(self) -> None:
         if self._writer is None:
-            self._file = create(self.path)
+            self._file = _Hashed(create(self.path))
             repeated = [c for c in ("type", "source", "labeller", "reason", "source_file") if c in self.schema.names]
             self._writer = pq.ParquetWriter(self._file, self.schema, compression="zstd", use_dictionary=repeated)
         table = pa.concat_tables(self._pending).replace_schema_metadata(self.schema.metadata)
@@ -296,7 +291,36 @@ class PartWriter:
             return None
         self._writer.close()
         self._file.close()
-        return {"path": self.path, "rows": self.rows, "bytes": size(self.path), "sha256": sha256(self.path)}
+        return {
+            "path": self.path,
+            "rows": self.rows,
+            "bytes": self._file.bytes,
+            "sha256": self._file.hash.hexdigest(),
+        }
+
+
+class _Hashed(io.RawIOBase):
+    """A file for writing that counts and hashes what is written, so that nobody has to read it again."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.bytes, self.hash = file, 0, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        self.bytes += len(data)
+        self._file.write(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.bytes
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+            super().close()
 
 
 class ScratchWriter:
@@ -358,9 +382,38 @@ def sha256(path: str) -> str:
 def create(path: str) -> BinaryIO:
     """Open a new file for writing, making its directory."""
     if is_remote(path):
-        from apache_beam.io.filesystem import CompressionTypes
-        from apache_beam.io.filesystems import FileSystems
-
-        return FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED)
+        return remote.create(path)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return open(path, "wb")
+
+
+def move(path: str, to: str) -> None:
+    """Rename a file; in a store it is copied and then deleted."""
+    if is_remote(to):
+        remote.copy({path: to})
+        remote.delete([path])
+    else:
+        os.replace(path, to)
+
+
+def remove(path: str) -> None:
+    """Delete a file, if there is one."""
+    if is_remote(path):
+        remote.delete([path])
+    else:
+        Path(path).unlink(missing_ok=True)
+
+
+def write_whole(path: str, data: bytes) -> None:
+    """Write a file that no reader ever sees half written: objects appear when they are closed."""
+    if is_remote(path):
+        with create(path) as file:
+            file.write(data)
+        return
+    partial = str(Path(path).with_name(f".{name(path)}.{os.getpid()}.tmp"))
+    try:
+        Path(partial).write_bytes(data)
+        os.replace(partial, path)
+    except BaseException:
+        remove(partial)
+        raise

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import cli, dataset, io, mapping
+from pipelines import cli, dataset, io, mapping, remote
 from schemas import settings_file
 from schemas.command import did_you_mean
 from schemas.errors import UsageError
@@ -72,6 +72,8 @@ def stages(recipe: dict[str, Any]) -> list[Stage]:
     if {"reference", "train"} & set(wanted) and not recipe.get("model"):
         raise UsageError("the recipe has no 'model'; give one, or set reference: false and train: false")
     output, model = str(recipe["output"]).rstrip("/"), str(recipe.get("model"))
+    if io.is_remote(output) and "train" in wanted:
+        raise UsageError(f"output {output}: training writes to a local directory; name one, or set train: false")
     paths = [recipe["input"]] if isinstance(recipe["input"], str) else list(recipe["input"])
     of = {name: options(recipe.get(name), name) for name in wanted if name != "train"}
     out = {name: f"{output}/{name}" for name in STAGES}
@@ -133,8 +135,8 @@ def stages(recipe: dict[str, Any]) -> list[Stage]:
     return [table[name]() for name in wanted]
 
 
-def _hashes(paths: list[str]) -> list[list[str | None]]:
-    return [[path, None if io.is_remote(path) else sha256(path)] for path in paths]
+def _hashes(paths: list[str]) -> list[list[str]]:
+    return [[path, remote.version(path) if io.is_remote(path) else sha256(path)] for path in paths]
 
 
 def _mapping(section: Any) -> list[str]:
@@ -232,27 +234,19 @@ def _run(stage: Stage, args: argparse.Namespace, state: dict[str, Any], output: 
 
 def _cut_short(stage: Stage) -> bool:
     """Whether a training run was started here and not finished."""
-    if stage.name != "train" or not _present(stage.done):
+    if stage.name != "train" or not io.exists(stage.done):
         return False
     return json.loads(Path(stage.done).read_text("utf-8")).get("final") is None
 
 
 def _done(stage: Stage) -> bool:
     directory, _, name = stage.done.rpartition("/")
-    return dataset.intact(directory) if name == NAME else _present(stage.done)
-
-
-def _present(path: str) -> bool:
-    if not io.is_remote(path):
-        return Path(path).exists()
-    from apache_beam.io.filesystems import FileSystems
-
-    return FileSystems.exists(path)
+    return dataset.intact(directory) if name == NAME else io.exists(stage.done)
 
 
 def _read_state(output: str) -> dict[str, Any]:
     path = f"{output}/{STATE}"
-    if not _present(path):
+    if not io.exists(path):
         return {}
     with io.open_bytes(path) as file:
         try:
@@ -264,8 +258,6 @@ def _read_state(output: str) -> dict[str, Any]:
 
 def _write_state(output: str, state: dict[str, Any]) -> None:
     path = f"{output}/{STATE}"
-    text = json.dumps(state, indent=2, sort_keys=True, default=str).encode()
-    with io.create(path if io.is_remote(path) else f"{path}.new") as file:
-        file.write(text)
     if not io.is_remote(path):
-        Path(f"{path}.new").replace(path)
+        Path(output).mkdir(parents=True, exist_ok=True)
+    io.write_whole(path, json.dumps(state, indent=2, sort_keys=True, default=str).encode())

@@ -107,10 +107,11 @@ def _check_labels(path: str, kind: str, chosen: mappings.Mapping) -> None:
 
 def _columns(path: str) -> tuple[tuple[str, str], ...]:
     """The columns as LLaMA-Factory's `dataset_info.json` beside the file names them."""
-    beside = Path(path).parent / "dataset_info.json"
-    if io.is_remote(path) or not beside.is_file():
+    beside = f"{path.rpartition('/')[0] or '.'}/dataset_info.json"
+    if not io.exists(beside):
         return ()
-    info = readers.parse(beside.read_bytes())
+    with io.open_raw(beside) as file:
+        info = readers.parse(file.read())
     names = columns.columns_of(info, io.name(path)) if isinstance(info, dict) else {}
     if names:
         log.info("%s: columns by %s: %s", path, beside, ", ".join(f"{a} is {b}" for a, b in names.items()))

@@ -304,12 +304,9 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     }
     manifest = before.next("view", policies=policies)
     facts = {"stage": "view", "policies": policies, "reference": before.reference}
-    try:
+    with dataset.staged(stage):
         results = write(args.directory, before, projection, stage, facts)
         dataset.commit_all(results, manifest=manifest, stage=stage, output=output)
-    except BaseException:
-        dataset.discard(stage)
-        raise
     report = dataset.summary(dataset.read_manifest(output), output)
     dataset.print_summary(report)
     return report

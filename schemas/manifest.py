@@ -77,6 +77,8 @@ class Manifest:
     def read(cls, directory: str | Path) -> "Manifest":
         """The manifest of a local dataset directory; `UserError` with the cure when there is none."""
         path = Path(directory) / NAME
+        if "://" in str(directory):
+            raise UserError(f"{directory}: is not on this machine; copy the directory here and name the copy")
         if not Path(directory).exists():
             raise UserError(f"{directory}: no such directory")
         if not path.is_file():

@@ -4,7 +4,6 @@ import bz2
 import csv
 import datetime
 import gzip
-import io as streams
 import json
 import logging
 import lzma
@@ -13,7 +12,6 @@ import struct
 import zipfile
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
 
 import openpyxl
 import pyarrow as pa
@@ -556,38 +554,6 @@ def test_pipes_and_names_that_are_not_utf8_are_refused(tmp_path):
 )
 def test_stem(path, name):
     assert io.stem(path) == name
-
-
-class _FakeHub:
-    """What io asks of HfFileSystem."""
-
-    files: ClassVar = {
-        f"datasets/u/n/{name}": b'{"a": 1}\n' for name in ("x.jsonl", "sub/y.parquet", "README.md", "odd")
-    }
-
-    def find(self, path):
-        return [name for name in self.files if name == path or name.startswith(f"{path}/")]
-
-    def glob(self, pattern):
-        return [name for name in self.files if Path(name).match(pattern)]
-
-    def open(self, path, mode):
-        if path not in self.files:
-            raise FileNotFoundError(path)
-        return streams.BytesIO(self.files[path])
-
-
-def test_paths_on_the_hub(monkeypatch):
-    monkeypatch.setattr(io, "_hub", _FakeHub)
-    where = "hf://datasets/u/n"
-    assert io.expand([where]) == [f"{where}/sub/y.parquet", f"{where}/x.jsonl"]
-    assert io.expand([f"{where}/*.jsonl", f"{where}/odd"]) == [f"{where}/x.jsonl", f"{where}/odd"]
-    assert told(read(f"{where}/odd")) == [{"a": 1}]
-    for path in (f"{where}/none", f"{where}/*.csv"):
-        with pytest.raises(UserError, match="no data there"):
-            io.expand([path])
-    with pytest.raises(UserError, match="cannot be read"):
-        readers.kind_of(f"{where}/gone.jsonl")
 
 
 def test_every_ending_has_a_documented_kind():

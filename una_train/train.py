@@ -69,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> dict[str, Any]:
     """Train, and return the summary: policy, steps, loss, test, seconds."""
+    if "://" in args.output:
+        raise UsageError(f"--output {args.output}: training writes to a local directory; name one, and copy it there")
     output = Path(args.output)
     config = _settings(args, output)
     dataset, manifest = Path(args.dataset), Manifest.read(args.dataset)

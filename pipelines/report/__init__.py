@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pipelines import io
 from pipelines.report.dataset import dataset_page
 from pipelines.report.page import Page, cut, shown
 from pipelines.report.run import run_page
@@ -25,26 +26,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> dict[str, Any]:
     """Write the report of `args.directory`, print its path, and return it with the warnings it holds."""
-    directory = Path(args.directory)
-    output = Path(args.output) if args.output else directory / "report.html"
-    if output.suffix.lower() not in (".html", ".htm"):
+    output = args.output or f"{args.directory.rstrip('/')}/report.html"
+    if not output.lower().endswith((".html", ".htm")):
         raise UsageError(f"--output {output}: the report is one HTML file, so its name must end in .html")
-    page = build(directory)
+    page = build(args.directory)
     write(output, render(page))
     print(output)
-    return {"report": str(output), "kind": page["kind"], "warnings": page["warnings"]}
+    return {"report": output, "kind": page["kind"], "warnings": page["warnings"]}
 
 
-def build(directory: Path) -> Page:
+def build(where: str | Path) -> Page:
     """The page for a directory, by what lies in it; `UserError` when that is nothing we know."""
+    if io.is_remote(str(where)):  # training runs are local
+        return dataset_page(str(where))
+    directory = Path(where)
     if not directory.is_dir():
-        raise UserError(f"{directory}: {'is a file, not a directory' if directory.exists() else 'no such directory'}")
+        raise UserError(f"{where}: {'is a file, not a directory' if directory.exists() else 'no such directory'}")
     if (directory / "run.json").is_file() or (directory / "metrics.jsonl").is_file():
         return run_page(directory)
     if (directory / NAME).is_file():
-        return dataset_page(directory)
+        return dataset_page(str(directory))
     raise UserError(
-        f"{directory}: neither a dataset (no {NAME}) nor a training run (no run.json, no metrics.jsonl); "
+        f"{where}: neither a dataset (no {NAME}) nor a training run (no run.json, no metrics.jsonl); "
         "run `una ingest` or `una train` first, or name the directory that one of them wrote"
     )
 
@@ -64,15 +67,11 @@ def render(page: Page) -> str:
     return environment.get_template("report.html").render(page=page, roles=ROLES)
 
 
-def write(output: Path, html: str) -> None:
-    """Write beside the target and rename, so that a reader never sees half a report."""
-    if output.is_dir():
-        raise UsageError(f"--output {output}: is a directory; name a file, such as {output / 'report.html'}")
-    if not output.parent.is_dir():
-        raise UsageError(f"--output {output}: the directory {output.parent} does not exist; make it first")
-    beside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(html.encode("utf-8", "replace"))  # a lone surrogate becomes a question mark
-        os.replace(beside, output)
-    finally:
-        beside.unlink(missing_ok=True)
+def write(output: str, html: str) -> None:
+    """Write the report whole, so that a reader never sees half of it."""
+    folder = os.path.dirname(output) or "."
+    if os.path.isdir(output):
+        raise UsageError(f"--output {output}: is a directory; name a file, such as {output}/report.html")
+    if not io.is_remote(output) and not os.path.isdir(folder):
+        raise UsageError(f"--output {output}: the directory {folder} does not exist; make it first")
+    io.write_whole(output, html.encode("utf-8", "replace"))  # a lone surrogate becomes a question mark

@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines import io, remote
+from pipelines.dataset import read_manifest
 from pipelines.report.page import SHOWN, Block, Page, facts_table, in_order, percent, section, table
 from pipelines.report.plots import COLOURS, PALETTE, chart, label, stacked
 from schemas.errors import POLICY_REASONS, REASONS, UserError
@@ -29,11 +31,11 @@ SOURCES = 6  # with a colour of their own
 # --- reading -----------------------------------------------------------------------------------
 
 
-def batches(path: Path, columns: list[str], optional: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
+def batches(path: str | Path, columns: list[str], optional: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
     """Columns of a parquet file in batches; `UserError` when it is damaged or lacks one that is not optional."""
     try:
         # pages as they are needed, not whole columns
-        with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+        with io.open_raw(str(path)) as raw, pq.ParquetFile(raw, buffer_size=2**20, pre_buffer=False) as file:
             names = file.schema_arrow.names
             if missing := sorted(set(columns) - set(names)):
                 raise UserError(f"{path}: column {', '.join(missing)} is missing; write it again with this una")
@@ -60,7 +62,7 @@ class Scan:
     unit: str = "characters"
 
 
-def scan(files: Sequence[Path]) -> Scan:
+def scan(files: Sequence[str]) -> Scan:
     """Count the rows of the data files, a batch at a time."""
     found = Scan()
     for path in files:
@@ -123,7 +125,7 @@ def _keep_samples(found: Scan, batch: pa.RecordBatch, kinds: np.ndarray) -> None
         found.samples[kind] = {key: kept[key] for key in smallest}
 
 
-def read_rejected(files: Sequence[Path]) -> tuple[Counter[str], dict[str, dict[str, Any]]]:
+def read_rejected(files: Sequence[str]) -> tuple[Counter[str], dict[str, dict[str, Any]]]:
     """Rejected records and parts by reason, and the first example of each reason."""
     counts: Counter[str] = Counter()
     examples: dict[str, dict[str, Any]] = {}
@@ -168,14 +170,14 @@ def _sources(found: Scan) -> list[str]:
 # --- the page ----------------------------------------------------------------------------------
 
 
-def dataset_page(directory: Path) -> Page:
+def dataset_page(directory: str) -> Page:
     """The page of a dataset directory; `UserError` when its manifest or parquet cannot be read."""
-    manifest = Manifest.read(directory)
-    found = scan(sorted((directory / "data").glob("*.parquet")))
-    rejected = read_rejected(sorted((directory / "rejected").glob("*.parquet")))
+    manifest = read_manifest(directory)
+    found = scan(_parts(directory, "data"))
+    rejected = read_rejected(_parts(directory, "rejected"))
     return {
         "kind": "dataset",
-        "title": directory.resolve().name,
+        "title": io.name(directory if io.is_remote(directory) else str(Path(directory).resolve())),
         "facts": _facts(manifest, found),
         "warnings": _warnings(manifest, found),
         "notes": [],
@@ -193,6 +195,14 @@ def dataset_page(directory: Path) -> Page:
             section("Samples", _samples(found)),
         ],
     }
+
+
+def _parts(directory: str, folder: str) -> list[str]:
+    """The parquet files of a folder of the dataset, those that the manifest does not know included."""
+    where = f"{directory.rstrip('/')}/{folder}"
+    if io.is_remote(where):
+        return [path for path in remote.below(where) if path.endswith(".parquet")]
+    return sorted(map(str, Path(where).glob("*.parquet")))
 
 
 def _decided(manifest: Manifest) -> dict[str, int]:

@@ -1,0 +1,260 @@
+"""Objects in stores: s3:// and gs:// by Beam's file systems, hf:// (read only) by huggingface_hub.
+
+A store has no directories and renames nothing: it lists, reads, writes, copies and deletes objects. What goes wrong
+is a `UserError` that names the path, also while a stream is read or written.
+"""
+
+import copy as copies
+import functools
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+from schemas.errors import UserError
+
+_EXTRAS = {"s3": "s3", "gs": "gcp"}  # scheme → the extra of una-align that it needs
+_CURES = {
+    401: "no access: check the credentials",
+    403: "no access: check the credentials, and that they allow this",
+    404: "no such bucket or object",
+}
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def connect(flags: list[str]) -> None:
+    """Use Beam's options, such as --s3_endpoint_url, from now on; pipelines hand their own to their workers."""
+    from apache_beam.io.filesystems import FileSystems
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    FileSystems.set_options(PipelineOptions(flags))
+    _check_bucket.cache_clear()
+
+
+# --- objects -------------------------------------------------------------------------------------
+
+
+def exists(path: str) -> bool:
+    """Whether there is such an object; a directory or a bucket is none."""
+    with _told(path):
+        if not _on_hub(path):
+            return path.count("/") > 2 and _beam(path).exists(path)
+        try:
+            return _hub().info(_bare(path))["type"] == "file"
+        except FileNotFoundError:
+            return False
+
+
+def below(directory: str) -> dict[str, int]:
+    """Every object below a directory, in the order of their paths, with its bytes."""
+    directory = directory.rstrip("/")
+    with _told(directory):
+        if _on_hub(directory):
+            found = _hub().find(_bare(directory), detail=True)
+            return {f"hf://{name}": found[name]["size"] for name in sorted(found)}
+        sizes = {m.path: m.size_in_bytes for m in _listed(f"{directory}/**")}
+        return {path: sizes[path] for path in sorted(sizes) if not path.endswith("/")}  # which stand for directories
+
+
+def match(pattern: str) -> list[str]:
+    """The objects that a glob pattern names, in the order of their paths."""
+    with _told(pattern):
+        if _on_hub(pattern):
+            found = _hub().glob(_bare(pattern), detail=True)
+            return sorted(f"hf://{name}" for name, facts in found.items() if facts["type"] == "file")
+        return sorted(m.path for m in _listed(pattern))
+
+
+def version(path: str) -> str:
+    """What changes when the object does: the store's checksum."""
+    with _told(path):
+        return str(_hub().info(_bare(path))["blob_id"] if _on_hub(path) else _beam(path).checksum(path))
+
+
+def open_raw(path: str) -> BinaryIO:
+    with _told(path):
+        if _on_hub(path):
+            file = _hub().open(_bare(path), "rb")
+        else:
+            file = _beam(path).open(path, compression_type=_plain())
+    return io.BufferedReader(_Stream(file, path), 1 << 20)
+
+
+def create(path: str) -> BinaryIO:
+    """Open an object for writing; it is there once it is closed, also when it is closed after an error."""
+    with _told(path):
+        return _Stream(_beam(path).create(path, compression_type=_plain()), path)  # type: ignore[return-value]
+
+
+def copy(pairs: dict[str, str]) -> None:
+    """Copy objects within a store: old path → new path."""
+    for old, new in pairs.items():
+        with _told(new):
+            for _, _, error in _beam(new).copy([old], [new]) or ():  # S3 returns errors, others raise them
+                if error:
+                    raise error
+
+
+def delete(paths: list[str]) -> None:
+    if paths:
+        with _told(paths[0]):
+            _beam(paths[0]).delete(paths)
+
+
+class _Stream(io.RawIOBase):
+    """A store's stream, whose errors are `UserError`s."""
+
+    def __init__(self, file: Any, path: str):
+        self._file, self._path = file, path
+
+    def readable(self) -> bool:
+        return self._file.readable()
+
+    def writable(self) -> bool:
+        return self._file.writable()
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        with _told(self._path):
+            return self._file.readinto(buffer)
+
+    def write(self, data: Any) -> int:
+        with _told(self._path):
+            return self._file.write(data)
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        try:
+            with _told(self._path):
+                self._file.close()
+        finally:
+            super().close()
+
+
+# --- stores --------------------------------------------------------------------------------------
+
+
+def _on_hub(path: str) -> bool:
+    return path.startswith("hf://")
+
+
+def _bare(path: str) -> str:
+    return path.removeprefix("hf://").rstrip("/")
+
+
+def _hub() -> Any:
+    try:
+        from huggingface_hub import HfFileSystem
+    except ImportError:
+        raise UserError("hf:// paths need the package huggingface_hub: pip install huggingface_hub") from None
+    return HfFileSystem()
+
+
+def _beam(path: str) -> Any:
+    """Beam's file system for a path, once it is known to work at all."""
+    from apache_beam.io.filesystems import FileSystems
+    from apache_beam.options.value_provider import RuntimeValueProvider
+
+    _be_quiet()
+    if not (FileSystems._pipeline_options or RuntimeValueProvider.runtime_options):
+        connect([])
+    scheme, _, rest = path.partition("://")
+    if scheme == "s3":
+        _share_clients()
+        _check_bucket(rest.partition("/")[0])
+    try:
+        return FileSystems.get_filesystem(path)
+    except ValueError:
+        if scheme in _EXTRAS:
+            raise _lacking(scheme) from None
+        raise UserError(f"{path}: {scheme}:// is not known here; known: s3://, gs:// and hf://") from None
+
+
+def _lacking(scheme: str) -> UserError:
+    return UserError(f"{scheme}:// paths need more packages: pip install 'una-align[{_EXTRAS[scheme]}]'")
+
+
+@functools.cache
+def _share_clients() -> None:
+    """Beam makes a boto3 client for every operation, which takes longer than the operation: make one for all of them.
+
+    Each gets a copy of Beam's object around it, which holds the place in the stream that it reads.
+    """
+    from apache_beam.io.aws.clients.s3 import boto3_client
+
+    made = functools.cache(boto3_client.Client)
+    boto3_client.Client = lambda options: copies.copy(made(options))  # type: ignore[misc, assignment]
+
+
+@functools.cache
+def _check_bucket(bucket: str) -> None:
+    """`UserError` where an S3 bucket or the way to it is missing: Beam itself would try again for ten minutes."""
+    try:
+        import boto3  # noqa: F401 - Beam's client fails on an assertion without it
+        from apache_beam.io.aws.clients.s3 import boto3_client
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ImportError:
+        raise _lacking("s3") from None
+    from apache_beam.io.filesystems import FileSystems
+    from apache_beam.options.value_provider import RuntimeValueProvider
+
+    try:
+        options = FileSystems._pipeline_options or RuntimeValueProvider.runtime_options
+        boto3_client.Client(options).client.head_bucket(Bucket=bucket)
+    except ClientError as error:  # who may not list the bucket may still read and write in it
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
+            raise UserError(f"s3://{bucket}: no such bucket; check its name, or make it first") from None
+    except (BotoCoreError, ValueError) as error:
+        raise UserError(
+            f"s3://{bucket}: {str(error).rstrip('.')}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile, "
+            "and AWS_ENDPOINT_URL or --s3_endpoint_url where the store is not Amazon's"
+        ) from None
+
+
+def _listed(pattern: str) -> Any:
+    return _beam(pattern).match([pattern])[0].metadata_list
+
+
+def _plain() -> str:
+    from apache_beam.io.filesystem import CompressionTypes
+
+    return CompressionTypes.UNCOMPRESSED
+
+
+@functools.cache
+def _be_quiet() -> None:
+    """Leave out what Beam's file systems log as errors, tracebacks included: they raise it too."""
+    logging.getLogger().addFilter(lambda record: "apache_beam" not in record.pathname)
+
+
+@contextmanager
+def _told(path: str) -> Iterator[None]:
+    """Raise what a store's library raises as a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: {_cause(error)}") from error
+
+
+def _cause(error: Exception) -> str:
+    """What is behind an error of Beam's, and what to do where that is known."""
+    while behind := getattr(error, "exception_details", None):  # path → error
+        error = next(iter(behind.values()))
+    cure = _CURES.get(getattr(error, "code", None) or 0)
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return f"{cure} ({said})" if cure else said
