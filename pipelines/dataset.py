@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import io
-from schemas.errors import POLICY_REASONS, UsageError, UserError
+from schemas.errors import POLICY_REASONS, Reject, UsageError, UserError
 from schemas.feedback import FEEDBACK, REFERENCE_COLUMNS, SCORED
 from schemas.manifest import NAME, Manifest
 
 LOCK = ".lock"
+DETAIL = 4_000  # characters of why a row was rejected; a judge's answer is part of it
 _locks: list[Any] = []
 
 Result = dict[str, Any]  # what one unit of work reports; see `result`
@@ -98,6 +99,18 @@ def result(index: list[int], *, split: str = "train") -> Result:
         "pieces": [],
         "spreads": {},
         "agreement": {},
+    }
+
+
+def refused(rows: Any, i: int, why: Reject, position: int, path: str, part: str | None = None) -> dict[str, Any]:
+    """A row of rejected/ for row `i` of a table, or for a part of it; `position`: its number in its file, from 1."""
+    return {
+        "reason": why.reason,
+        "detail": why.detail.encode("utf-8", "backslashreplace").decode()[:DETAIL],
+        "source_file": io.name(path),
+        "position": position,
+        "part": part,
+        "payload": json.dumps(rows.slice(i, 1).to_pylist()[0], ensure_ascii=False).encode(),
     }
 
 

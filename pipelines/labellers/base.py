@@ -61,6 +61,7 @@ class Kind:
     identify: Callable[[Any], Identity]
     load: Callable[[Any, Cache], Labeller]
     pairs: Callable[[Any], bool] = lambda settings: False  # whether it compares two responses
+    shared: Callable[[Any], bool] = lambda settings: False  # heavy to load: one for all workers of a machine
     help: str = ""  # one line
 
 

@@ -6,7 +6,9 @@ An entry is on the disk when `put` returns from its transaction: a process that 
 import hashlib
 import json
 import sqlite3
+import uuid
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,23 @@ def key_of(content: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
 
 
-class Cache:
-    """Key → JSON value, and what has been spent. Opened anew in every process and thread that uses it."""
+@dataclass(frozen=True)
+class Budget:
+    """What a run may spend on calls, over all its processes and until it has finished; None: no limit."""
 
-    def __init__(self, directory: str | Path):
+    run: str = ""  # the name under which `Cache.spend` adds up
+    calls: int | None = None
+    usd: float | None = None
+
+
+class Cache:
+    """Key → JSON value, and what has been spent. Opened anew in every process and thread that uses it.
+
+    `budget` is that of the run which opened it: a labeller that spends keeps to it.
+    """
+
+    def __init__(self, directory: str | Path, budget: Budget | None = None):
+        self.budget = budget or Budget()
         Path(directory).mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(Path(directory) / NAME, timeout=60, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode=WAL")
@@ -32,6 +47,7 @@ class Cache:
         self._db.execute(
             "CREATE TABLE IF NOT EXISTS spent (run TEXT PRIMARY KEY, calls INTEGER NOT NULL, usd REAL NOT NULL)"
         )
+        self._db.execute("CREATE TABLE IF NOT EXISTS unfinished (output TEXT PRIMARY KEY, run TEXT NOT NULL)")
 
     def get(self, keys: Iterable[str]) -> dict[str, Any]:
         """The entries of those keys that are there."""
@@ -56,6 +72,15 @@ class Cache:
     def spent(self, run: str) -> tuple[int, float]:
         """Calls and USD that a run has spent."""
         return self._db.execute("SELECT calls, usd FROM spent WHERE run = ?", (run,)).fetchone() or (0, 0.0)
+
+    def begin(self, output: str) -> str:
+        """The name of the run that writes an output: that of one which was cut short, so that what it spent counts."""
+        self._db.execute("INSERT OR IGNORE INTO unfinished VALUES (?, ?)", (output, uuid.uuid4().hex))
+        return self._db.execute("SELECT run FROM unfinished WHERE output = ?", (output,)).fetchone()[0]
+
+    def finish(self, output: str) -> None:
+        """The output is there: the next run that writes it has a budget of its own."""
+        self._db.execute("DELETE FROM unfinished WHERE output = ?", (output,))
 
     def close(self) -> None:
         self._db.close()
