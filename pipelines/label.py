@@ -587,7 +587,7 @@ def policy(args: argparse.Namespace, how: Labelling) -> dict[str, Any]:
     told = {
         voice.identity.labeller: {
             "fingerprint": dict(voice.identity.fingerprint),
-            "ends": voice.identity.ends,
+            "ends": (0, 1) if how.asking.pairs else voice.identity.ends,
             "calibrate": scale.method,
             "weight": weight,
         }
@@ -639,9 +639,9 @@ def tell(report: dict[str, Any]) -> list[str]:
     told = {k: v for k, v in chosen.items() if k != "labellers" and v is not None}
     print("labels: " + ", ".join(f"{k}={dataset.short(v)}" for k, v in told.items()))
     for name, of in chosen["labellers"].items():
-        print(
-            f"{name}: calibrate={of['calibrate']}, {calibration.METHODS[of['calibrate']]}; scale {of['ends'] or 'open'}"
-        )
+        method, ends = of["calibrate"], of["ends"]
+        scale = f"{ends[0]:g} to {ends[1]:g}" if ends else "without ends"
+        print(f"{name}: scale {scale}; calibrate={method}: {calibration.METHODS[method]}")
     for name, by_source in labels["labellers"].items():
         for source, of in by_source.items():
             print(f"{name} on {source}: {_line(of)}")

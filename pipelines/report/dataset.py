@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines.report.labels import labeller_blocks
 from pipelines.report.page import SHOWN, Block, Page, facts_table, in_order, percent, section, table
 from pipelines.report.plots import COLOURS, PALETTE, chart, label, stacked
 from schemas.errors import POLICY_REASONS, REASONS, UserError
@@ -182,6 +183,7 @@ def dataset_page(directory: Path) -> Page:
         "sections": [
             section("Rows", [_rows_table(found)]),
             section("Explicit rewards", _reward_blocks(found)),
+            section("Labellers", labeller_blocks(manifest.statistics.get("labels") or {})),
             section("Lengths", _length_blocks(found)),
             section("Reference", [_logp_chart(found), facts_table("fingerprint", manifest.reference)]),
             section("Rejected", [_rejected_table(*rejected)]),
