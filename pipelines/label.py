@@ -8,13 +8,13 @@ what it computed or paid for in a cache beside the output: a run that was cut sh
 import argparse
 import json
 import logging
+import math
 import os
 import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import apache_beam as beam
@@ -29,7 +29,7 @@ from pipelines.beam import across_processes, count, once, run_stage, shares_disk
 from pipelines.beam import check as check_flags
 from pipelines.labellers import calibration, sample
 from pipelines.labellers.base import Identity, Item, Labeller, Outcome, Score
-from pipelines.labellers.cache import Budget, Cache
+from pipelines.labellers.cache import Cache
 from pipelines.labellers.combine import COMBINE, NEED, by_name, disagreement
 from pipelines.labellers.combine import check as check_combination
 from pipelines.labellers.rows import AGAINST, PAIRS, Asking, Plan, Relabelled, Scored, plan, relabelled, samples
@@ -37,7 +37,7 @@ from pipelines.labellers.sample import Ensemble, Found
 from pipelines.reference import Address, addresses
 from schemas.command import did_you_mean, share, weights
 from schemas.errors import Reject, UsageError, UserError
-from schemas.feedback import REJECTED, check, check_comparisons
+from schemas.feedback import REJECTED, check
 from schemas.manifest import NAME, Manifest
 
 log = logging.getLogger(__name__)
@@ -59,9 +59,18 @@ class Voice:
     """A labeller of a run."""
 
     identity: Identity
-    load: Callable[[Cache], Labeller]
+    settings: Any
+    load: Callable[[Any, Cache], Labeller]
     pairs: bool = False
     shared: bool = False
+
+    @property
+    def spends(self) -> bool:
+        return {"budget", "budget_calls", "run"} <= {field.name for field in fields(self.settings)}
+
+    def under(self, run: str) -> "Voice":
+        """The labeller, its spending counted under a name."""
+        return replace(self, settings=replace(self.settings, run=self.settings.run or run)) if self.spends else self
 
 
 @dataclass(frozen=True)
@@ -101,8 +110,8 @@ class Shielded:
 class Loader:
     """Loads labellers in a worker: heavy ones once for all workers of the machine, others in every one."""
 
-    def __init__(self, voices: Sequence[Voice], cache: str, budget: Budget, across: bool):
-        self.voices, self._cache, self._budget, self._across = voices, cache, budget, across
+    def __init__(self, voices: Sequence[Voice], cache: str, across: bool):
+        self.voices, self._cache, self._across = voices, cache, across
         self._run, self._handles = uuid.uuid4().hex, [Shared() for _ in voices]
 
     def load(self) -> list[Labeller]:
@@ -110,7 +119,7 @@ class Loader:
 
     def _load(self, j: int, voice: Voice) -> Labeller:
         def own() -> Labeller:
-            return voice.load(Cache(self._cache, self._budget))
+            return voice.load(voice.settings, Cache(self._cache))
 
         if not voice.shared:
             return own()
@@ -283,7 +292,6 @@ def write(
     rejects = io.PartWriter(f"{stage}/parts/{_name(address)}.rejected.parquet", REJECTED)
     if new.rows.num_rows:
         check(new.rows, scored="ref_logps" in schema.names)
-        check_comparisons(new.rows)
         data.write(new.rows)
         result["rows"].update(new.rows["type"].to_pylist())
     refused = [dataset.refused(rows, i, why, address.first + i, address.path) for i, why in new.rejected]
@@ -461,14 +469,15 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     output = args.output.rstrip("/")
     check_flags(args.beam)
     how, stored = labelling(args)
-    cache, budget = cache_of(args, output), budget_of(args.budget)
+    cache = cache_of(args, output)
     dataset.refuse(output, [args.directory])
     stage = dataset.prepare(output, args.overwrite)
     policies = {**before.policies, "labels": [*before.policies.get("labels", []), policy(args, how)]}
     manifest = before.next("label", policies=policies)
     keeper = Cache(cache)
     run = keeper.begin(os.path.realpath(output))
-    loader = Loader(how.voices, cache, replace(budget, run=run), across_processes(args.beam))
+    voices = [voice.under(run if args.budget else f"{run}/{voice.identity.labeller}") for voice in how.voices]
+    loader = Loader(voices, cache, across_processes(args.beam))
     schema = dataset.schema_of(before)
     report = run_stage(
         lambda p: build(p, files, how, loader, stored, schema, manifest, stage, output),
@@ -477,7 +486,8 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
         output,
         args.max_rejected,
     )
-    report["spent"] = dict(zip(("calls", "usd"), keeper.spent(run), strict=True))
+    spent = [keeper.spent(name) for name in {voice.settings.run for voice in voices if voice.spends}]
+    report["spent"] = {"calls": sum(calls for calls, _ in spent), "usd": math.fsum(usd for _, usd in spent)}
     keeper.finish(os.path.realpath(output))
     report["warnings"] = tell(report)
     return report
@@ -485,16 +495,8 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
 
 def labelling(args: argparse.Namespace) -> tuple[Labelling, dict[str, Any] | None]:
     """What is to be done, and the statistics of `--calibration`; `UsageError` for what does not go together."""
-    asked = [labellers.asked(spec) for spec in args.labeller]
-    voices = tuple(
-        Voice(
-            one.kind.identify(one.settings),
-            partial(one.kind.load, one.settings),
-            one.kind.pairs(one.settings),
-            one.kind.shared(one.settings),
-        )
-        for one in asked
-    )
+    asked = _within_budget([labellers.asked(spec) for spec in args.labeller], args.budget)
+    voices = tuple(_voice(one) for one in asked)
     names = tuple(voice.identity.labeller for voice in voices)
     if len(set(names)) < len(names):
         raise UsageError(f"--labeller: {Counter(names).most_common(1)[0][0]} is there twice; leave one out")
@@ -521,6 +523,24 @@ def labelling(args: argparse.Namespace) -> tuple[Labelling, dict[str, Any] | Non
     ensemble = Ensemble(names, scales, args.combine, given, args.need, args.length_control)
     name = names[0] if len(names) == 1 else f"rule:{args.combine}({','.join(names)})"
     return Labelling(voices, asking, ensemble, name, args.temperature), stored
+
+
+def _voice(asked: labellers.Asked) -> Voice:
+    kind, settings = asked.kind, asked.settings
+    return Voice(kind.identify(settings), settings, kind.load, kind.pairs(settings), kind.shared(settings))
+
+
+def _within_budget(asked: list[labellers.Asked], budget: str | None) -> list[labellers.Asked]:
+    """The labellers, those that spend with the budget of `--budget`, which is for all of them together."""
+    if budget is None:
+        return asked
+    limits = budget_of(budget)
+    spending = [one for one in asked if hasattr(one.settings, "budget_calls")]
+    if not spending:
+        raise UsageError(f"--budget {budget}: none of the labellers spends anything; leave it out")
+    if own := [one.name for one in spending if (one.settings.budget, one.settings.budget_calls) != (None, None)]:
+        raise UsageError(f"--budget {budget}: {own[0]} has a budget of its own in its settings; give one of them")
+    return [replace(one, settings=replace(one.settings, **limits)) if one in spending else one for one in asked]
 
 
 def _pairs(args: argparse.Namespace, voices: Sequence[Voice]) -> bool:
@@ -577,8 +597,10 @@ def _stored(args: argparse.Namespace, voices: Sequence[Voice]) -> tuple[dict[str
                 f"{args.calibration}: {name} was another then, its {', '.join(differing)} differ; its scores are not "
                 "comparable: label that dataset again, or calibrate anew"
             )
-        if then["pairwise_from_scores"] != args.pairwise_from_scores:
-            raise UsageError("--calibration: made with another --pairwise-from-scores; give it as it was then")
+    for option in ("pairwise_from_scores", "temperature"):
+        if then[option] != (now := getattr(args, option)):
+            name = option.replace("_", "-")
+            raise UsageError(f"{args.calibration}: was made with --{name} {then[option]}, not {now}; give the same")
     return stored, [then["labellers"][voice.identity.labeller]["calibrate"] for voice in voices]
 
 
@@ -596,14 +618,16 @@ def policy(args: argparse.Namespace, how: Labelling) -> dict[str, Any]:
     names = ("only_missing", "combine", "need", "temperature", "length_control", "against", "pairwise_from_scores")
     facts = {name: getattr(args, name) for name in names}
     facts["pairs"] = args.pairs if how.asking.pairs else None
-    facts["calibration"] = io.name(args.calibration.rstrip("/")) if args.calibration else None
+    facts["calibration"] = None
+    if args.calibration:  # it tells of the length too
+        facts |= {"calibration": io.name(args.calibration.rstrip("/")), "length_control": None}
     return json.loads(json.dumps({"labellers": told, **facts}))
 
 
-def budget_of(text: str | None) -> Budget:
-    """`5usd`, `1000calls` or `5usd,1000calls`."""
-    limits: dict[str, float] = {}
-    for part in (text or "").lower().replace(" ", "").split(",") if text is not None else ():
+def budget_of(text: str) -> dict[str, Any]:
+    """The settings `budget` and `budget_calls` of `5usd`, `1000calls` or `5usd,1000calls`."""
+    limits: dict[str, Any] = {"budget": None, "budget_calls": None}
+    for part in text.lower().replace(" ", "").split(","):
         unit = next((unit for unit in ("usd", "calls") if part.endswith(unit)), "")
         try:
             number = float(part.removesuffix(unit))
@@ -611,9 +635,8 @@ def budget_of(text: str | None) -> Budget:
             number = -1.0
         if not unit or not 0 <= number < np.inf or (unit == "calls" and number != int(number)):
             raise UsageError(f"--budget {text}: must look like 5usd, 1000calls or 5usd,1000calls")
-        limits[unit] = number
-    calls = limits.get("calls")
-    return Budget(calls=None if calls is None else int(calls), usd=limits.get("usd"))
+        limits |= {"budget": number} if unit == "usd" else {"budget_calls": int(number)}
+    return limits
 
 
 def cache_of(args: argparse.Namespace, output: str) -> str:

@@ -18,8 +18,16 @@ class Settings:
     name: str = "letters"
     seconds: float = 0.0  # for each item
     refuse: str = ""  # items whose response has this text get no score
-    spends: bool = False  # each item is a call for a cent
     ends: bool = False
+
+
+@dataclass(frozen=True)
+class Spending(Settings):
+    """Of a labeller for which each item is a call for a cent."""
+
+    budget: float | None = None
+    budget_calls: int | None = None
+    run: str = ""
 
 
 def score(response: str) -> float:
@@ -41,12 +49,13 @@ def load(settings: Settings, cache: Cache):
             yield i, one(items[i])
 
     def one(item: Item) -> Outcome:
-        if settings.spends:
-            calls, usd = cache.spent(cache.budget.run)
-            limits = cache.budget.calls, cache.budget.usd
-            if any(most is not None and now > most for now, most in zip((calls + 1, usd + 0.01), limits, strict=True)):
+        if isinstance(settings, Spending):
+            cache.spend(settings.run, 1, 0.01)
+            calls, usd = cache.spent(settings.run)
+            limits = zip((calls, usd), (settings.budget_calls, settings.budget), strict=True)
+            if any(most is not None and now > most + 1e-9 for now, most in limits):
+                cache.spend(settings.run, -1, -0.01)
                 return Reject("budget_spent", "no budget is left")
-            cache.spend(cache.budget.run, 1, 0.01)
         with open(settings.log, "a") as file:
             file.write(f"{os.getpid()}\t{item.responses}\n")
         time.sleep(settings.seconds)
@@ -60,6 +69,7 @@ def load(settings: Settings, cache: Cache):
 KINDS = {
     "letters": Kind(Settings, identify, load),
     "heavy": Kind(Settings, identify, load, shared=lambda settings: True),
+    "paid": Kind(Spending, identify, load),
     "compare": Kind(Settings, identify, load, pairs=lambda settings: True),
 }
 

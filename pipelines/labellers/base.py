@@ -55,6 +55,9 @@ class Kind:
 
     `identify(settings)` runs once where the stage is started, before anything is read: it checks what can be checked
     cheaply and raises `UserError` or `UsageError`. `load(settings, cache)` runs in every worker.
+
+    A labeller that spends has the settings `budget` (USD) and `budget_calls`, None for no limit, and `run`, the name
+    under which it counts with `Cache.spend`.
     """
 
     settings: type

@@ -8,7 +8,6 @@ import json
 import sqlite3
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +21,10 @@ def key_of(content: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What a run may spend on calls, over all its processes and until it has finished; None: no limit."""
-
-    run: str = ""  # the name under which `Cache.spend` adds up
-    calls: int | None = None
-    usd: float | None = None
-
-
 class Cache:
-    """Key → JSON value, and what has been spent. Opened anew in every process and thread that uses it.
+    """Key → JSON value, and what has been spent. Opened anew in every process and thread that uses it."""
 
-    `budget` is that of the run which opened it: a labeller that spends keeps to it.
-    """
-
-    def __init__(self, directory: str | Path, budget: Budget | None = None):
-        self.budget = budget or Budget()
+    def __init__(self, directory: str | Path):
         Path(directory).mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(Path(directory) / NAME, timeout=60, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode=WAL")

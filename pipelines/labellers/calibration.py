@@ -89,9 +89,10 @@ def fit(
 def can_fit(scale: Scale, human: np.ndarray, compared: tuple[np.ndarray, np.ndarray]) -> bool:
     """Whether there are labels enough."""
     given = human[np.isfinite(human)]
+    if scale.pairs:
+        return int((given != 0.5).sum()) >= FEWEST
     enough = len(given) >= FEWEST and len(np.unique(given)) > 1
-    comparisons = compared[1][compared[1] != 0.5]
-    return enough or (scale.method == "platt" and not scale.pairs and len(comparisons) >= FEWEST)
+    return enough or (scale.method == "platt" and int((compared[1] != 0.5).sum()) >= FEWEST)
 
 
 def too_few(method: str, name: str) -> UserError:
@@ -140,7 +141,7 @@ def _platt(raw: np.ndarray, human: np.ndarray, pairs: bool, compared: tuple[np.n
     if pairs:
         slope, _ = logistic(logit(raw[known]), human[known], intercept=False)
         return {"labels": int(known.sum()), "slope": slope, "intercept": 0.0, "pairs": True}
-    if known.sum() >= FEWEST:
+    if known.sum() >= FEWEST and (len(np.unique(human[known])) > 1 or compared is None or not len(compared[1])):
         slope, intercept = logistic(raw[known], human[known])
         return {"labels": int(known.sum()), "slope": slope, "intercept": intercept, "pairs": False}
     assert compared is not None

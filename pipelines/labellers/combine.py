@@ -39,17 +39,22 @@ def check(how: str, pairs: bool, labellers: int, weights: Mapping[str, float]) -
 def by_name(given: Mapping[str, object], labellers: Sequence[tuple[str, str]], option: str) -> dict[str, object]:
     """What an option says of each labeller, by the labeller's name; `labellers`: (kind, name) of each.
 
-    A labeller is named in full or by its kind, where one labeller has it.
+    A labeller is named in full (judge:x@1f), by its name (judge:x, x) or by its kind, where one labeller has it.
     """
     found: dict[str, object] = {}
-    kinds = [kind for kind, _ in labellers]
     for key, value in given.items():
-        match = [name for kind, name in labellers if key == name or (key == kind and kinds.count(kind) == 1)]
-        if not match:
+        names = [name for _, name in labellers if key == name]
+        names = names or [name for kind, name in labellers if key in (kind, *_short(name))]
+        if len(names) != 1:
             known = [name for _, name in labellers]
-            raise UsageError(f"{option}: no labeller {key!r}{did_you_mean(key, known)}")
-        found[match[0]] = value
+            raise UsageError(f"{option}: {len(names) or 'no'} labellers {key!r}{did_you_mean(key, known)}")
+        found[names[0]] = value
     return found
+
+
+def _short(name: str) -> tuple[str, str]:
+    bare = name.partition("@")[0]
+    return bare, bare.partition(":")[2]
 
 
 def combined(scores: np.ndarray, how: str, weights: np.ndarray, need: str = "all") -> np.ndarray:
