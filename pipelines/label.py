@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -288,6 +288,7 @@ def write(
     result = dataset.result(list(address.index), split=address.split)
     result["inputs"], result["accepted"], result["duplicates"] = rows.num_rows, new.accepted, new.duplicates
     result["touched"] = _touched(rows, made, new)
+    result["told"] = told_of(rows, made, given, how)
     data = io.PartWriter(f"{stage}/parts/{_name(address)}.data.parquet", schema, facts)
     rejects = io.PartWriter(f"{stage}/parts/{_name(address)}.rejected.parquet", REJECTED)
     if new.rows.num_rows:
@@ -302,6 +303,21 @@ def write(
     result["rejected_parts"].update(one["reason"] for one in parts)
     result["data"], result["rejects"] = data.close(), rejects.close()
     return result
+
+
+def told_of(
+    rows: pa.Table, made: Plan, given: Sequence[Sequence[Given | Reject]], how: Labelling
+) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """Labeller and source → the numbers that came with the scores, by name; such as a judge's position."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    sources = rows["source"].to_pylist()
+    for name, of in zip(how.ensemble.names, given, strict=True):
+        for unit, one in zip(made.units, of, strict=True):
+            for fact, value in one.facts.items() if isinstance(one, Given) else ():
+                if isinstance(value, int | float) and np.isfinite(value):
+                    found[name, sources[unit.rows[0]]][fact].append(float(value))
+    sums = {key: {fact: [len(x), math.fsum(x)] for fact, x in facts.items()} for key, facts in found.items()}
+    return {key: dict(facts) for key, facts in sums.items()}
 
 
 def _touched(rows: pa.Table, made: Plan, new: Relabelled) -> Counter[str]:
@@ -406,7 +422,16 @@ def commit(
     results: list[dataset.Result], statistics: list[dict[str, Any]], *, manifest: Manifest, stage: str, output: str
 ) -> None:
     """Put the statistics into the manifest, and commit."""
-    manifest.statistics = {**manifest.statistics, "labels": statistics[0]}
+    labels = statistics[0]
+    sums: dict[Any, list[tuple[float, float]]] = defaultdict(list)
+    for result in sorted(results, key=lambda r: (r["split"], r["index"])):
+        for (name, source), facts in result["told"].items():
+            for fact, (n, total) in facts.items():
+                sums[name, source, fact].append((n, total))
+    for (name, source, fact), parts in sums.items():
+        mean = math.fsum(total for _, total in parts) / sum(n for n, _ in parts)
+        labels["labellers"][name][source].setdefault("facts", {})[fact] = round(mean, 6)
+    manifest.statistics = {**manifest.statistics, "labels": labels}
     dataset.commit_all(results, manifest=manifest, stage=stage, output=output)
 
 
@@ -689,6 +714,7 @@ def _line(of: dict[str, Any]) -> str:
         told += [f"with length r {length['pearson']:.2f}, rank {length['spearman']:.2f}"]
     if length.get("pearson_controlled") is not None:
         told += [f"r {length['pearson_controlled']:.2f} once controlled"]
+    told += [f"mean {fact} {mean:.4g}" for fact, mean in of.get("facts", {}).items()]
     return ", ".join(told) + _agreement(of)
 
 

@@ -19,6 +19,7 @@ class Settings:
     seconds: float = 0.0  # for each item
     refuse: str = ""  # items whose response has this text get no score
     ends: bool = False
+    facts: bool = False  # a score comes with the length of the (first) response
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def load(settings: Settings, cache: Cache):
         time.sleep(settings.seconds)
         if settings.refuse and any(settings.refuse in response for response in item.responses):
             return Reject("unparsable_judgement", f"it said: I like {item.responses[0]}")
-        return Score(score(item.responses[0]) if len(item.responses) == 1 else better(*item.responses))
+        value = score(item.responses[0]) if len(item.responses) == 1 else better(*item.responses)
+        return Score(value, {"letters": len(item.responses[0])} if settings.facts else {})
 
     return cached(label, identify(settings), cache)
 

@@ -201,6 +201,14 @@ def test_scores_off_the_scale_are_rejected(labelled, monkeypatch):
     assert facts["rejected"] == {"invalid_score": 2}
 
 
+def test_facts_of_scores_are_in_the_rows_and_their_means_in_the_manifest(labelled):
+    rows = [*bare("a", "e"), *bare("a", "eex"), *bare("a", "eexx", source="t")]
+    facts, after, _ = labelled(rows, *letters("facts=true"))
+    assert [about(row)["labelled"] for row in after] == [{"facts": {"letters": n}} for n in (1, 3, 4)]
+    of = facts["statistics"]["labels"]["labellers"]["rule:letters"]
+    assert {source: one["facts"] for source, one in of.items()} == {"s": {"letters": 2.0}, "t": {"letters": 4.0}}
+
+
 # --- several labellers ---------------------------------------------------------------------------
 
 
