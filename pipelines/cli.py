@@ -42,7 +42,7 @@ COMMANDS: dict[str, tuple[str, str, str, bool, str, str]] = {
         "command",
         True,
         "give rows rewards: by reward models, judges, rules, or several of them",
-        "una label data/rows --labeller length:min=20,max=2000 --output data/labelled\n"
+        "una label data/rows --labeller length:least=20,most=2000 --output data/labelled\n"
         "una label data/rows --labeller judge.yaml --labeller rm.yaml --combine mean --budget 5usd "
         "--output data/labelled",
     ),

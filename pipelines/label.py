@@ -314,7 +314,7 @@ def told_of(
     for name, of in zip(how.ensemble.names, given, strict=True):
         for unit, one in zip(made.units, of, strict=True):
             for fact, value in one.facts.items() if isinstance(one, Given) else ():
-                if isinstance(value, int | float) and np.isfinite(value):
+                if isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value):
                     found[name, sources[unit.rows[0]]][fact].append(float(value))
     sums = {key: {fact: [len(x), math.fsum(x)] for fact, x in facts.items()} for key, facts in found.items()}
     return {key: dict(facts) for key, facts in sums.items()}
