@@ -316,8 +316,7 @@ def told_of(
             for fact, value in one.facts.items() if isinstance(one, Given) else ():
                 if isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value):
                     found[name, sources[unit.rows[0]]][fact].append(float(value))
-    sums = {key: {fact: [len(x), math.fsum(x)] for fact, x in facts.items()} for key, facts in found.items()}
-    return {key: dict(facts) for key, facts in sums.items()}
+    return {key: {fact: [len(x), math.fsum(x)] for fact, x in facts.items()} for key, facts in found.items()}
 
 
 def _touched(rows: pa.Table, made: Plan, new: Relabelled) -> Counter[str]:
