@@ -116,6 +116,11 @@ def across_processes(flags: list[str]) -> bool:
     return PipelineOptions(flags).view_as(DirectOptions).direct_running_mode == "multi_processing"
 
 
+def shares_disk(flags: list[str]) -> bool:
+    """Whether all workers run on this machine."""
+    return isinstance(_chosen(flags)[1], FnApiRunner)
+
+
 def _chosen(flags: list[str]) -> tuple[PipelineOptions, str | FnApiRunner]:
     chosen = PipelineOptions(flags)
     runner = chosen.view_as(StandardOptions).runner or _LOCAL

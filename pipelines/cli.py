@@ -38,6 +38,16 @@ COMMANDS: dict[str, tuple[str, str, str, str, str, str]] = {
         "una filter data/rows --output data/clean --language en,de --exact-duplicates --near-duplicates 0.8\n"
         "una filter data/rows --output data/clean --decontaminate gsm8k.jsonl mmlu.csv",
     ),
+    "label": (
+        "pipelines.label",
+        "add_arguments",
+        "command",
+        ALL,
+        "give rows rewards: by reward models, judges, rules, or several of them",
+        "una label data/rows --labeller length:least=20,most=2000 --output data/labelled\n"
+        "una label data/rows --labeller judge.yaml --labeller rm.yaml --combine mean --budget 5usd "
+        "--output data/labelled",
+    ),
     "reference": (
         "pipelines.reference",
         "add_arguments",

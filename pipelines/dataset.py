@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import io, remote
-from schemas.errors import POLICY_REASONS, UsageError, UserError
+from schemas.errors import POLICY_REASONS, Reject, UsageError, UserError
 from schemas.feedback import FEEDBACK, REFERENCE_COLUMNS, SCORED
 from schemas.manifest import NAME, Manifest
 
 log = logging.getLogger(__name__)
 LOCK = ".lock"
 JOURNAL = "commit.json"  # in a store's staging directory: the names that a commit deletes and writes
+DETAIL = 4_000  # characters of why a row was rejected; a judge's answer is part of it
 _locks: list[Any] = []
 
 Result = dict[str, Any]  # what one unit of work reports; see `result`
@@ -146,6 +147,18 @@ def result(index: list[int], *, split: str = "train") -> Result:
         "pieces": [],
         "spreads": {},
         "agreement": {},
+    }
+
+
+def refused(rows: Any, i: int, why: Reject, position: int, path: str, part: str | None = None) -> dict[str, Any]:
+    """A row of rejected/ for row `i` of a table, or for a part of it; `position`: its number in its file, from 1."""
+    return {
+        "reason": why.reason,
+        "detail": why.detail.encode("utf-8", "backslashreplace").decode()[:DETAIL],
+        "source_file": io.name(path),
+        "position": position,
+        "part": part,
+        "payload": json.dumps(rows.slice(i, 1).to_pylist()[0], ensure_ascii=False).encode(),
     }
 
 

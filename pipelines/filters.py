@@ -523,24 +523,13 @@ def _write_group(
     if left.num_rows:
         check(left, scored="ref_logps" in rows.schema.names)
         data.write(left)
-    refused = [_refused(rows, i, w, first + i, path) for i, w in enumerate(why) if w]
+    refused = [dataset.refused(rows, i, w, first + i, path) for i, w in enumerate(why) if w]
     if refused:
         rejects.write(pa.Table.from_pylist(refused, schema=REJECTED))
     report["inputs"] += rows.num_rows
     report["accepted"] += left.num_rows
     report["rows"].update(left["type"].to_pylist())
     report["rejected"].update(r["reason"] for r in refused)
-
-
-def _refused(rows: pa.Table, i: int, why: Reject, position: int, path: str) -> dict[str, Any]:
-    return {
-        "reason": why.reason,
-        "detail": why.detail[:500],
-        "source_file": path.rsplit("/", 1)[-1],
-        "position": position,
-        "part": None,
-        "payload": json.dumps(rows.slice(i, 1).to_pylist()[0], ensure_ascii=False).encode(),
-    }
 
 
 def _read_fates(paths: Iterable[str | None]) -> dict[int, Reject]:

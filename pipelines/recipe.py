@@ -1,4 +1,4 @@
-"""`una run RECIPE.yaml`: ingest, filter (where it has such a section), reference, publish, train, report.
+"""`una run RECIPE.yaml`: ingest, filter and label (where it has such sections), reference, publish, train, report.
 
 A recipe names an output directory, a model, input files, and options per stage under the names the
 commands use. A stage whose inputs and parameters are those of its last finished run is skipped; what
@@ -10,11 +10,12 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipelines import cli, dataset, io, mapping, remote
+from pipelines import cli, dataset, io, labellers, mapping, remote
 from schemas import settings_file
 from schemas.command import did_you_mean
 from schemas.errors import UsageError
@@ -22,8 +23,9 @@ from schemas.fingerprint import fingerprint, local_model
 from schemas.manifest import NAME, sha256
 
 log = logging.getLogger(__name__)
-STAGES = ("ingest", "filter", "reference", "publish", "train", "report")
+STAGES = ("ingest", "filter", "label", "reference", "publish", "train", "report")
 KEYS = ("output", "model", "input", *STAGES)
+OPTIONAL = ("filter", "label")  # left out where the recipe has no such section
 OURS = ("output", "model", "overwrite", "resume", "json", "help")  # what a stage's section cannot set
 STATE = "stages.json"
 
@@ -68,7 +70,7 @@ def read(path: str, changes: list[str]) -> dict[str, Any]:
 
 def stages(recipe: dict[str, Any]) -> list[Stage]:
     """The stages a recipe asks for, in order; a section set to false leaves its stage out."""
-    wanted = [name for name in STAGES if recipe.get(name) is not False and (name != "filter" or recipe.get(name))]
+    wanted = [name for name in STAGES if recipe.get(name) is not False and (name not in OPTIONAL or recipe.get(name))]
     if {"reference", "train"} & set(wanted) and not recipe.get("model"):
         raise UsageError("the recipe has no 'model'; give one, or set reference: false and train: false")
     output, model = str(recipe["output"]).rstrip("/"), str(recipe.get("model"))
@@ -77,7 +79,8 @@ def stages(recipe: dict[str, Any]) -> list[Stage]:
     paths = [recipe["input"]] if isinstance(recipe["input"], str) else list(recipe["input"])
     of = {name: options(recipe.get(name), name) for name in wanted if name != "train"}
     out = {name: f"{output}/{name}" for name in STAGES}
-    rows = out["filter"] if "filter" in wanted else out["ingest"]
+    clean = out["filter"] if "filter" in wanted else out["ingest"]
+    rows = out["label"] if "label" in wanted else clean
     scored = out["reference"] if "reference" in wanted else rows
     last = out["publish"] if "publish" in wanted else scored
 
@@ -106,6 +109,12 @@ def stages(recipe: dict[str, Any]) -> list[Stage]:
             [out["ingest"], "--output", out["filter"], *of["filter"]],
             f"{out['filter']}/manifest.json",
             lambda: [same(out["ingest"])(), _hashes(named("filter"))],
+        ),
+        "label": lambda: Stage(
+            "label",
+            [clean, "--output", out["label"], *of["label"]],
+            f"{out['label']}/manifest.json",
+            lambda: [same(clean)(), _labellers(of["label"]), _hashes(named("label"))],
         ),
         "reference": lambda: Stage(
             "reference",
@@ -145,10 +154,17 @@ def _mapping(section: Any) -> list[str]:
     return [str(path), *mapping.load(str(path)).files] if path else []
 
 
+def _labellers(argv: list[str]) -> list[Any]:
+    """What the scores of a label stage depend on beside the rows."""
+    asked = [labellers.asked(spec) for flag, spec in pairwise(argv) if flag == "--labeller"]
+    return [asdict(one.kind.identify(one.settings)) for one in asked]
+
+
 def options(section: Any, stage: str) -> list[str]:
     """A section's options as command-line arguments: {batch_tokens: 512} → --batch-tokens 512."""
     known = cli.parser_for(stage)._option_string_actions if section else {}
     many = {flag for flag, action in known.items() if action.nargs == "+"}
+    again = {flag for flag, action in known.items() if isinstance(action, argparse._AppendAction)}
     if section is not None and not isinstance(section, dict):
         raise UsageError(f"a stage's section must be a mapping of its options, or false; got {section!r}")
     argv: list[str] = []
@@ -158,6 +174,8 @@ def options(section: Any, stage: str) -> list[str]:
         name = f"--{str(key).replace('_', '-')}"
         if isinstance(value, dict):
             argv += [name, ",".join(f"{k}={_text(v)}" for k, v in value.items())]
+        elif isinstance(value, list) and name in again:
+            argv += [word for one in value for word in (name, str(one))]
         elif isinstance(value, list):
             argv += [name, *map(str, value)] if name in many else [name, ",".join(map(str, value))]
         elif value is True:

@@ -8,7 +8,6 @@ reason, and with it the other row of its comparison.
 import argparse
 import dataclasses
 import importlib.metadata
-import json
 import logging
 import time
 from collections import Counter
@@ -66,24 +65,24 @@ class Chunk:
 # --- reading and rendering -----------------------------------------------------------------------
 
 
-def addresses(item: tuple[int, str], rows: int = CHUNK_ROWS) -> Iterator[Address]:
-    """Chunks of about `rows` rows of a data file; the two rows of a comparison are never parted."""
+def addresses(item: tuple[int, str], rows: int = CHUNK_ROWS, together: str = "comparison_id") -> Iterator[Address]:
+    """Chunks of about `rows` rows of a data file; rows that follow each other and share `together` are never parted."""
     i, path = item
     first = 1
     with io.open_parquet(path) as file:
         for group in range(file.num_row_groups):
-            comparisons = file.read_row_group(group, columns=["comparison_id"])["comparison_id"].to_pylist()
-            cuts = _cuts(comparisons, rows)
+            ids = file.read_row_group(group, columns=[together])[together].to_pylist()
+            cuts = _cuts(ids, rows)
             for k, (start, stop) in enumerate(pairwise(cuts)):
                 yield Address((i, group, k), path, group, start, stop, first + start)
-            first += len(comparisons)
+            first += len(ids)
 
 
-def _cuts(comparisons: Sequence[str | None], rows: int) -> list[int]:
+def _cuts(ids: Sequence[str | None], rows: int) -> list[int]:
     cuts = [0]
-    while cuts[-1] < len(comparisons):
-        cut = min(cuts[-1] + rows, len(comparisons))
-        while cut < len(comparisons) and comparisons[cut] and comparisons[cut] == comparisons[cut - 1]:
+    while cuts[-1] < len(ids):
+        cut = min(cuts[-1] + rows, len(ids))
+        while cut < len(ids) and ids[cut] and ids[cut] == ids[cut - 1]:
             cut += 1
         cuts.append(cut)
     return cuts
@@ -190,7 +189,9 @@ def write(chunk: Chunk, *, stage: str, facts: dict[str, Any]) -> dataset.Result:
         check(rows, scored=True)
         data.write(rows)
         report["rows"].update(Counter(rows["type"].to_pylist()))
-    if refused := [_refused(chunk, i, why) for i, why in enumerate(chunk.why) if why is not None]:
+    at = chunk.address
+    refused = [dataset.refused(chunk.rows, i, w, at.first + i, at.path) for i, w in enumerate(chunk.why) if w]
+    if refused:
         rejects.write(pa.Table.from_pylist(refused, schema=REJECTED))
         report["rejected"].update(Counter(r["reason"] for r in refused))
     report["inputs"], report["accepted"] = chunk.rows.num_rows, len(good)
@@ -209,17 +210,6 @@ def scored_rows(chunk: Chunk, good: list[int]) -> pa.Table:
     ]
     extra = [pa.array(c, f.type) for c, f in zip(columns, REFERENCE_COLUMNS, strict=True)]
     return pa.table([*rows.columns, *extra], schema=SCORED)
-
-
-def _refused(chunk: Chunk, i: int, why: Reject) -> dict[str, Any]:
-    return {
-        "reason": why.reason,
-        "detail": why.detail[:500],
-        "source_file": chunk.address.path.rsplit("/", 1)[-1],
-        "position": chunk.address.first + i,
-        "part": None,
-        "payload": json.dumps(chunk.rows.slice(i, 1).to_pylist()[0], ensure_ascii=False).encode(),
-    }
 
 
 # --- the pipeline --------------------------------------------------------------------------------

@@ -60,11 +60,12 @@ def spreads(rows: pa.Table) -> dict[str, Spread]:
         values, counts = np.unique(raw, return_counts=True)
         first, last = raw.argmin(), raw.argmax()
         ends = [[raw[first], reward[first]], [raw[last], reward[last]]]
-        found[source] = _spread(len(raw), [raw.sum()], [(raw**2).sum()], ends, values, counts)
+        found[source] = spread_of(len(raw), [raw.sum()], [(raw**2).sum()], ends, values, counts)
     return found
 
 
-def _spread(n: int, sums: Any, squares: Any, ends: Any, values: np.ndarray, counts: np.ndarray) -> Spread:
+def spread_of(n: int, sums: Any, squares: Any, ends: Any, values: np.ndarray, counts: np.ndarray) -> Spread:
+    """A spread from its sums, the pairs (raw, reward) at its ends, and its distinct values with their counts."""
     if len(values) > POINTS:  # the values at evenly spaced places in their order, each for those around it
         upto = np.cumsum(counts)
         at = np.searchsorted(upto, np.linspace(1, upto[-1], POINTS))
@@ -94,7 +95,7 @@ def together(parts: Iterable[dict[str, Spread]]) -> dict[str, Spread]:
         counts = np.bincount(where, np.concatenate([s["counts"] for s in of])).astype(np.int64)
         ends = [end for s in of for end in (s["low"], s["high"])]
         sums, squares = [s["sum"] for s in of], [s["squares"] for s in of]
-        whole[source] = _spread(sum(s["n"] for s in of), sums, squares, ends, values, counts)
+        whole[source] = spread_of(sum(s["n"] for s in of), sums, squares, ends, values, counts)
     return whole
 
 

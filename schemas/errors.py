@@ -51,6 +51,10 @@ REASONS = {
     "template_error": "the chat template cannot render the conversation",
     "comparison_incomplete": "the other row of the comparison was rejected",
     "invalid_logprob": "the engine returned a log-prob that is not finite",
+    "labeller_failed": "a labeller gave no score: its call failed after all retries, or its function raised",
+    "unparsable_judgement": "the judge's answer holds no score in the form that was asked for",
+    "invalid_score": "a labeller gave a score that is not finite, or lies outside its scale",
+    "budget_spent": "the budget for labelling was spent before this row's turn",
 }
 # Dropped because a named policy says so; they do not count against --max-rejected.
 _NAMES = """tie missing_label identical_responses conflict filtered filtered_language filtered_length duplicate

@@ -242,7 +242,7 @@ def _row(
         source=source,
         raw_reward=None if raw_reward is None else float(raw_reward),
         labeller=labeller,
-        metadata=_json(metadata) if metadata else None,
+        metadata=metadata_text(metadata) if metadata else None,
     )
 
 
@@ -284,7 +284,8 @@ def _stored(reward: float) -> float:
     return reward if reward in (0.0, 0.5, 1.0) else float(np.float32(reward))
 
 
-def _json(value: dict[str, Any]) -> str:
+def metadata_text(value: dict[str, Any]) -> str:
+    """The JSON of the column `metadata`: keys in order; what JSON has no word for becomes null or text."""
     try:
         return orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode()  # NaN and infinities become null
     except TypeError:  # lone surrogates, integers of more than 64 bits, keys and values of other types

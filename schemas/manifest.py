@@ -21,7 +21,7 @@ NAME = "manifest.json"
 class Manifest:
     """Facts about one dataset directory; see the field comments for units and shapes."""
 
-    stage: str  # ingest, filter, view, reference or publish
+    stage: str  # ingest, filter, label, view, reference or publish
     inputs: int  # records (ingest) or rows (later stages) read
     accepted: int  # of those, how many became rows
     rejected: dict[str, int] = field(default_factory=dict)  # reason → count; inputs == accepted + their sum
@@ -32,7 +32,9 @@ class Manifest:
     sources: list[dict[str, Any]] = field(default_factory=list)  # file, sha256, bytes, format, source, records, licence
     policies: dict[str, Any] = field(default_factory=dict)  # every choice that shaped the rows
     touched: dict[str, int] = field(default_factory=dict)  # policy → labels or rows it decided, beside rejections
-    statistics: dict[str, Any] = field(default_factory=dict)  # scale and agreement of each source, if asked for
+    statistics: dict[str, Any] = field(
+        default_factory=dict
+    )  # scale and agreement of each source, labels of labellers, if asked for
     history: list[dict[str, Any]] = field(default_factory=list)  # stage and counts of every stage before this one
     reference: dict[str, Any] | None = None  # fingerprint of π_ref, once scored
     files: list[dict[str, Any]] = field(default_factory=list)  # path, rows, bytes, sha256

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from pipelines import io, remote
 from pipelines.dataset import read_manifest
+from pipelines.report.labels import labeller_blocks
 from pipelines.report.page import SHOWN, Block, Page, facts_table, in_order, percent, section, table
 from pipelines.report.plots import COLOURS, PALETTE, chart, label, stacked
 from schemas.errors import POLICY_REASONS, REASONS, UserError
@@ -184,6 +185,7 @@ def dataset_page(directory: str) -> Page:
         "sections": [
             section("Rows", [_rows_table(found)]),
             section("Explicit rewards", _reward_blocks(found)),
+            section("Labellers", labeller_blocks(manifest.statistics.get("labels") or {})),
             section("Lengths", _length_blocks(found)),
             section("Reference", [_logp_chart(found), facts_table("fingerprint", manifest.reference)]),
             section("Rejected", [_rejected_table(*rejected)]),

@@ -134,15 +134,20 @@ def smooth(steps: np.ndarray, values: np.ndarray, points: int = 60) -> tuple[np.
     return smooth_steps, smooth_values
 
 
-def reliability(points: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Panel:
-    """Rows, mean score and mean reward of every score bin, by type; larger dots hold more rows."""
+def reliability(
+    points: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    colours: Mapping[str, str] = COLOURS,
+    xlabel: str = "implicit score",
+    ylabel: str = "mean explicit reward",
+) -> Panel:
+    """Rows, mean score and mean reward of every score bin, by name; larger dots hold more rows."""
 
     def draw(axis: Any) -> None:
         axis.plot([0, 1], [0, 1], **DASHED)
         for kind, (rows, score, reward) in points.items():
-            colour = COLOURS.get(kind, PALETTE[-1])
+            colour = colours.get(kind, PALETTE[-1])
             axis.plot(score, reward, color=colour, linewidth=1.2, label=label(kind))
             axis.scatter(score, reward, s=15 + 120 * rows / rows.sum(), color=colour, alpha=0.8, zorder=3)
-        axis.set(xlabel="implicit score", ylabel="mean explicit reward", xlim=(0, 1), ylim=(-0.03, 1.03))
+        axis.set(xlabel=xlabel, ylabel=ylabel, xlim=(0, 1), ylim=(-0.03, 1.03))
 
     return draw

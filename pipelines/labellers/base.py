@@ -1,0 +1,86 @@
+"""What a labeller is: a function from a batch of items to scores, and what those scores depend on.
+
+A module of labellers has a dict `KINDS`, name → `Kind`. Nothing here knows models, endpoints or Beam.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipelines.labellers.cache import Cache, key_of
+from schemas.errors import Reject
+from schemas.feedback import Message
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is labelled: one response to a prompt, or two responses that are compared."""
+
+    prompt: Sequence[Message]
+    responses: tuple[str, ...]
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # of the (first) row, parsed
+
+    @property
+    def content(self) -> list[Any]:
+        """What a score may depend on, as JSON values."""
+        return [list(self.prompt), list(self.responses), dict(self.metadata)]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A raw score, before calibration; of two responses, the probability in [0, 1] that the first is better."""
+
+    value: float
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what is worth keeping in the row's metadata
+
+
+Outcome = Score | Reject
+# Items [n] in; (place in the batch, outcome) out, each once, in any order, as soon as it is known: what has been
+# yielded is not lost when the process is killed.
+Labeller = Callable[[Sequence[Item]], Iterator[tuple[int, Outcome]]]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who gives a score, for the column `labeller`, and all that a score depends on beside the item."""
+
+    labeller: str  # model:<name>@<revision>, judge:<name> or rule:<name>
+    fingerprint: Mapping[str, Any]  # JSON values: weights, template, parameters; no secrets, no paths
+    ends: tuple[float, float] | None = None  # the least and the greatest raw score, where the scale has ends
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of labeller: its settings (a frozen dataclass), who it is, and how to load it in a worker.
+
+    `identify(settings)` runs once where the stage is started, before anything is read: it checks what can be checked
+    cheaply and raises `UserError` or `UsageError`. `load(settings, cache)` runs in every worker.
+
+    A labeller that spends has the settings `budget` (USD) and `budget_calls`, None for no limit, and `run`, the name
+    under which it counts with `Cache.spend`.
+    """
+
+    settings: type
+    identify: Callable[[Any], Identity]
+    load: Callable[[Any, Cache], Labeller]
+    pairs: Callable[[Any], bool] = lambda settings: False  # whether it compares two responses
+    shared: Callable[[Any], bool] = lambda settings: False  # heavy to load: one for all workers of a machine
+    help: str = ""  # one line
+
+
+def cached(label: Labeller, identity: Identity, cache: Cache) -> Labeller:
+    """The labeller, asked only for items whose score is not in the cache; rejections are not kept there."""
+
+    def labelled(items: Sequence[Item]) -> Iterator[tuple[int, Outcome]]:
+        keys = [key_of([identity.labeller, dict(identity.fingerprint), item.content]) for item in items]
+        known = cache.get(keys)
+        missing = [i for i, key in enumerate(keys) if key not in known]
+        for i, key in enumerate(keys):
+            if key in known:
+                yield i, Score(**known[key])
+        for j, outcome in label([items[i] for i in missing]) if missing else ():
+            if isinstance(outcome, Score):
+                cache.put(keys[missing[j]], {"value": outcome.value, "facts": dict(outcome.facts)})
+            yield missing[j], outcome
+
+    return labelled
