@@ -32,7 +32,8 @@ class Bounded:
 
     def _ask(self, job: str) -> dict[str, Any]:
         process = self._process = self._process or _started()
-        assert process.stdin and process.stdout
+        assert process.stdin
+        assert process.stdout
         try:
             process.stdin.write(job + "\n")
             process.stdin.flush()

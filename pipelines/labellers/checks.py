@@ -93,10 +93,10 @@ def conforms(schema: Any, text: str) -> str | None:
     except ValueError as error:
         return f"not JSON: {error}"
     try:
-        error = next(kind(schema, registry=registry).iter_errors(value), None)
+        wrong = next(kind(schema, registry=registry).iter_errors(value), None)
     except Unresolvable as unknown:
         raise ValueError(f"the schema refers to what it does not hold: {str(unknown)[:200]}") from None
-    return error and f"{error.json_path[:100]}: {error.message[:200]}"
+    return wrong and f"{wrong.json_path[:100]}: {wrong.message[:200]}"
 
 
 def _no_number(name: str) -> Any:

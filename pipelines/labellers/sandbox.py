@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,10 @@ def check(limits: Limits) -> None:
         cure = "; allow user namespaces, or give network=unprotected to do without" if limits.isolated else ""
         raise UserError(f"the sandbox for code does not start: {refused.detail}{cure}") from None
     if failed:
-        raise UserError(f"the sandbox for code cannot run a trivial test: {failed}")
+        raise UserError(
+            f"the sandbox for code cannot run a trivial test: {failed}; what runs it is {sys.executable} without "
+            f"site-packages, by root as nobody, who must be able to read {sys.base_prefix}"
+        )
 
 
 def _one(solution: str, test: Test, limits: Limits) -> str:
@@ -189,9 +193,8 @@ def _utf8(text: str) -> bytes:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End the process, and all of its session that is left."""
-    try:
+    """End the process and its group; what it left in a namespace of processes ends with it."""
+    process.kill()
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()

@@ -49,9 +49,9 @@ def lock_in(limits: dict[str, Any]) -> None:
         os.setresuid(NOBODY, NOBODY, NOBODY)
     _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     _call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)  # else /proc/self belongs to root
+    _die_with_parent()
     if limits["isolated"]:
         _isolate(limits["disk"])
-    _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     for name, most in [
         ("CPU", limits["cpu"]),
         ("AS", limits["memory"]),
@@ -91,9 +91,21 @@ def _isolate(disk: int) -> None:
     _call("mount", b"tmpfs", here.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, b"size=%d,mode=700" % disk)
     _call("mount", b"tmpfs", b"/proc", b"tmpfs", MS_RDONLY, b"size=4k")
     os.chdir(here)
-    if inside := os.fork():  # the first process in a namespace of processes; when it ends, all in it are killed
-        os._exit(min(255, abs(os.waitstatus_to_exitcode(os.waitpid(inside, 0)[1]))))
+    _as_child()  # the first process of the new namespace, which takes all others of it along when it ends
+    _as_child()  # the solution, which can do nothing to the first: not kill it, not trace it
     _call("capset", (ctypes.c_uint32 * 2)(CAPABILITIES_3), (ctypes.c_uint32 * 6)())
+
+
+def _as_child() -> None:
+    """Go on in a child that dies with this process, which waits and ends as the child ends."""
+    if child := os.fork():
+        _call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
+        os._exit(min(255, abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))))
+    _die_with_parent()
+
+
+def _die_with_parent() -> None:
+    _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 # --- solution and test ---------------------------------------------------------------------------
