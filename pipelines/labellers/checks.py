@@ -31,6 +31,7 @@ _PLAIN = (
     (re.compile(r"∞"), r"\\infty "),
     (re.compile(r"∪"), r"\\cup "),
     (re.compile(r"(?<!\\left)(?<!\\right)\.\s*$"), ""),  # the end of a sentence
+    (re.compile(r"^([-+$]?[\d.,/]+)\s*(?!and\b|or\b|to\b)[A-Za-z]{2,}([ /][A-Za-z]+)*[23²³]?$"), r"\1"),  # units
 )
 
 

@@ -6,6 +6,7 @@ them. A response that does not hold what the rule looks for scores 0; a row that
 rejected. Rules that cost more than a look into the cache are cached.
 """
 
+import copy
 import dataclasses
 import hashlib
 import importlib
@@ -436,19 +437,22 @@ def _python(given: Python) -> Scorer:
 
     def score(item: Item) -> Score:
         try:
-            value = function(list(item.prompt), _response(item), dict(item.metadata))
+            value = function(*copy.deepcopy((list(item.prompt), _response(item), dict(item.metadata))))
         except (Exception, SystemExit) as error:
             raise Reject("labeller_failed", _told(error)) from None
-        if not isinstance(value, numbers.Real) and not _is_number(value):
-            raise Reject("invalid_score", f"{given.function} returned {show(value)[:200]}, not a number")
-        return Score(_inside(float(value), ends))
+        return Score(_inside(_real(value, given.function), ends))
 
     return score
 
 
-def _is_number(value: Any) -> bool:
-    """Scalars of numpy and torch."""
-    return hasattr(value, "__float__") and getattr(value, "shape", None) == ()
+def _real(value: Any, where: str) -> float:
+    """A number of Python, or a scalar of numpy or torch."""
+    try:
+        if isinstance(value, numbers.Real) or getattr(value, "shape", None) == ():
+            return float(value)
+    except (ValueError, TypeError, OverflowError):
+        pass
+    raise Reject("invalid_score", f"{where} returned {show(value)[:200]}, not a number")
 
 
 def _told(error: BaseException) -> str:

@@ -138,7 +138,8 @@ class Originals:
                 __import__(name)
             except ImportError:  # of the solution, or not there: the test will say so
                 continue
-        loaded = [module for module in list(sys.modules.values()) if isinstance(module, types.ModuleType)]
+        self._modules = dict(sys.modules)
+        loaded = [module for module in self._modules.values() if isinstance(module, types.ModuleType)]
         classes = {kind for module in loaded for kind in vars(module).values() if isinstance(kind, type)}
         kinds = [kind for kind in classes if kind.__flags__ & (1 << 9)]  # Py_TPFLAGS_HEAPTYPE: those that can change
         self._before = [(owner, dict(vars(owner))) for owner in (*loaded, *kinds)]
@@ -146,6 +147,7 @@ class Originals:
     def restore(self) -> None:
         sys.settrace(None)
         sys.setprofile(None)
+        sys.modules.update(self._modules)
         for owner, before in self._before:
             for name, value in before.items():
                 if vars(owner).get(name, owner) is not value:
