@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -193,7 +194,9 @@ def test_nothing_is_left_when_the_caller_is_killed():
     tag = f"una-{os.getpid()}"
     code = f"import ctypes, time; ctypes.CDLL(None).prctl(15, b'{tag}', 0, 0, 0); time.sleep(60)"
     script = f"from pipelines.labellers.sandbox import *; failures({code!r}, ['pass'], Limits(seconds=60))"
-    caller = subprocess.Popen([sys.executable, "-c", script])
+    directory = tempfile.mkdtemp()  # what a killed caller leaves there; nobody must be able to enter it
+    os.chmod(directory, 0o755)
+    caller = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"TMPDIR": directory})
 
     def running():
         return [p for p in Path("/proc").glob("[0-9]*/comm") if _read(p).strip() == tag]
@@ -205,6 +208,7 @@ def test_nothing_is_left_when_the_caller_is_killed():
     caller.kill()
     caller.wait()
     assert within(lambda: not running())
+    shutil.rmtree(directory)
 
 
 def test_programs_are_judged_by_what_they_print():

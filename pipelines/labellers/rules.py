@@ -259,7 +259,7 @@ def _installed(module: str, extra: str) -> None:
 class JsonSchema:
     schema: str = field(default="", metadata={"description": "path of the schema in the metadata"})
     schema_file: str = field(default="", metadata={"description": "a JSON file with the schema, instead"})
-    fenced: bool = field(default=False, metadata={"description": "the last block fenced by ``` is meant, if any"})
+    fenced: bool = field(default=False, metadata={"description": "the last fenced block is meant, if there is one"})
     seconds: float = field(default=5.0, metadata={"description": "of computing for one row; more is rejected"})
 
 
@@ -497,9 +497,10 @@ def _function(name: str) -> tuple[Callable[..., Any], Path]:
     if not callable(function):
         known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise UsageError(f"python: {module_name} has no function {attribute!r}{did_you_mean(attribute, known)}")
-    if not module.__file__:
+    file = getattr(module, "__file__", None)
+    if not file:
         raise UsageError(f"python: {module_name} has no file, so that it cannot be told when it changes")
-    return function, Path(module.__file__)
+    return function, Path(file)
 
 
 def _file(path: Path) -> ModuleType:
