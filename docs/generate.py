@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.converters import CONVERTERS
+from pipelines.labellers import rules
 from pipelines.readers import KINDS
 from schemas.errors import REASONS
 from schemas.feedback import FEEDBACK, REFERENCE_COLUMNS
@@ -92,6 +93,26 @@ def offsets() -> str:
     )
 
 
+def kinds_of_rules() -> str:
+    rows = [f"| `{name}` | {_cell(kind.help)} |" for name, kind in rules.KINDS.items()]
+    return "\n".join(["| kind | score |", "|---|---|", *rows])
+
+
+def settings_of_rules() -> str:
+    rows = [
+        f"| `{name}` | `{f.name}` | {_rule_default(f)} | {_cell(f.metadata['description'])} |"
+        for name, kind in rules.KINDS.items()
+        for f in dataclasses.fields(kind.settings)
+    ]
+    return "\n".join(["| kind | setting | default | meaning |", "|---|---|---|---|", *rows])
+
+
+def _rule_default(field: dataclasses.Field) -> str:
+    if field.default is dataclasses.MISSING:
+        return "must be given" if field.default_factory is dataclasses.MISSING else ""
+    return f"`{_default(field.default)}`" if field.default not in ("", None) else ""
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "columns": columns,
     "formats": formats,
@@ -100,6 +121,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "settings": settings,
     "objectives": objectives,
     "offsets": offsets,
+    "rules": kinds_of_rules,
+    "rule settings": settings_of_rules,
 }
 
 

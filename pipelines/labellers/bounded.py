@@ -1,0 +1,61 @@
+"""Checks that run in a process of their own, `pipelines.labellers.checks`, with an end to their time and memory.
+
+Beam calls labellers from threads, where time limits by signal do not work, and no limit by thread stops a computation.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from schemas.errors import Reject
+
+
+class Bounded:
+    """One check by name; its process is started when it is first needed, and again after it was stopped."""
+
+    def __init__(self, check: str, seconds: float):
+        self._check, self._seconds, self._lock = check, seconds, Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        """What the check says; `Reject` when it fails, or takes more than its time or memory."""
+        with self._lock:
+            answer = self._ask(json.dumps([self._check, self._seconds, arguments]))
+        if "error" in answer:
+            raise Reject("labeller_failed", answer["error"])
+        return answer["value"]
+
+    def _ask(self, job: str) -> dict[str, Any]:
+        process = self._process = self._process or _started()
+        assert process.stdin
+        assert process.stdout
+        try:
+            process.stdin.write(job + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if line:
+            return json.loads(line)
+        self._process = None
+        with suppress(BrokenPipeError):  # what was written and not read
+            process.stdin.close()
+        process.stdout.close()
+        spent = f"not decided within {self._seconds:g} s of computing"
+        return {"error": spent if process.wait() == -signal.SIGPROF else f"crashed with exit code {process.returncode}"}
+
+
+def _started() -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-P", str(Path(__file__).with_name("checks.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        encoding="utf-8",
+    )
