@@ -82,3 +82,9 @@ def special_ids(tokenizer: Any) -> dict[str, int]:
     """Text and id of every special token."""
     special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     return special | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
+def longest(asked: int, config: Any, tokenizer: Any) -> int:
+    """The most tokens of a conversation: those asked for, or what model or tokenizer says that the model takes."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or asked
+    return min(asked, positions, tokenizer.model_max_length)

@@ -88,24 +88,28 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     facts = rundir.facts_of(args.model, args.dataset, config, model_dir)
     with rundir.locked(output) if accelerator.is_main_process else nullcontext():
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
-        pairs, left_out = read(dataset, conversation.of(tokenizer, str(model_dir)), config)
-        facts["comparisons"] = {name: len(some) for name, some in pairs.items()} | {"left_out": left_out}
         set_seed(config.seed)
-        return train(accelerator, config, pairs, load(model_dir, tokenizer, config), model_dir, output, facts)
+        model = load(model_dir, tokenizer, config)
+        longest = conversation.longest(config.max_length, model.config, tokenizer)
+        pairs, left_out = read(dataset, conversation.of(tokenizer, str(model_dir)), longest, config.held_out)
+        facts["comparisons"] = {name: len(some) for name, some in pairs.items()} | {"left_out": left_out}
+        return train(accelerator, config, pairs, model, model_dir, output, facts)
 
 
 # --- the data ----------------------------------------------------------------------------------
 
 
-def read(dataset: Path, rendered: Conversation, config: RewardConfig) -> tuple[dict[str, list[Pair]], dict[str, int]]:
+def read(
+    dataset: Path, rendered: Conversation, longest: int, held_out: float
+) -> tuple[dict[str, list[Pair]], dict[str, int]]:
     """The comparisons of `train` and `test`, and how many were left out for which reason.
 
     Without a test split, `held_out` of the prompts are it: those whose hash comes first, on every machine the same.
     """
     left_out: Counter[str] = Counter()
-    train, test = (list(_pairs(dataset, split, rendered, config, left_out)) for split in ("train", "test"))
+    train, test = (list(_pairs(dataset, split, rendered, longest, left_out)) for split in ("train", "test"))
     if not test:
-        of_prompt = [int(pair.prompt_id[:8], 16) < config.held_out * 2**32 for pair in train]
+        of_prompt = [int(pair.prompt_id[:8], 16) < held_out * 2**32 for pair in train]
         test = [pair for pair, kept in zip(train, of_prompt, strict=True) if kept]
         train = [pair for pair, kept in zip(train, of_prompt, strict=True) if not kept]
     if not train:
@@ -116,9 +120,7 @@ def read(dataset: Path, rendered: Conversation, config: RewardConfig) -> tuple[d
     return {"train": train, "test": test}, dict(left_out)
 
 
-def _pairs(
-    dataset: Path, split: str, rendered: Conversation, config: RewardConfig, left_out: Counter[str]
-) -> Iterator[Pair]:
+def _pairs(dataset: Path, split: str, rendered: Conversation, longest: int, left_out: Counter[str]) -> Iterator[Pair]:
     for path in data.shards(dataset, split):
         try:
             rows = pq.read_table(path, columns=COLUMNS, filters=[("type", "=", "pairwise")])
@@ -132,18 +134,18 @@ def _pairs(
                 first_of[row["comparison_id"]] = row
                 continue
             try:
-                yield _pair(first, row, rendered, config.max_length)
+                yield _pair(first, row, rendered, longest)
             except Reject as rejected:
                 left_out[rejected.reason] += 1
 
 
-def _pair(first: dict[str, Any], second: dict[str, Any], rendered: Conversation, max_length: int) -> Pair:
+def _pair(first: dict[str, Any], second: dict[str, Any], rendered: Conversation, longest: int) -> Pair:
     a, b = (
         np.array(rendered.whole([*row["prompt"], {"role": "assistant", "content": row["response"]}]), np.int32)
         for row in (first, second)
     )
     pair = Pair(a, b, first["reward"], first["prompt_id"])
-    if pair.longest > max_length:
+    if pair.longest > longest:
         raise Reject("too_long", f"{pair.longest} tokens")
     return pair
 

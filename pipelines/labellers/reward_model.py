@@ -38,7 +38,7 @@ class Settings:
     model: str  # directory, or hub id
     engine: str = "transformers"  # or vllm
     dtype: str = "float32"  # or bfloat16
-    batch_tokens: int = 8192  # padded tokens in one batch
+    batch_tokens: int | None = None  # padded tokens in one batch: 8192, or 1024 with transformers on a CPU
     max_length: int = 4096  # tokens; longer conversations are rejected. At most what the model takes
     weights: Any = None  # of several outputs: {label: weight}, others 0, or a list with one for each
     pairs: bool = False  # the model compares two responses; `template` says how it reads them
@@ -105,7 +105,6 @@ def _prepare(settings: Settings) -> Prepared:
     del print_["versions"]  # what a score depends on, so that an upgrade beside the engine asks no model again
     revision = settings.revision or print_["weights"][:12]
     name = where.resolve().name if Path(settings.model).is_dir() else settings.model
-    limits = (settings.max_length, config.get_text_config(), tokenizer.model_max_length)
     return Prepared(
         where=where,
         identity=Identity(
@@ -116,7 +115,7 @@ def _prepare(settings: Settings) -> Prepared:
         conversation=ready,
         weights=weights,
         labels=[str(config.id2label[i]) for i in range(len(weights))] if len(weights) > 1 else None,
-        max_length=min(limits[0], getattr(limits[1], "max_position_embeddings", None) or limits[0], limits[2]),
+        max_length=conversation.longest(settings.max_length, config, tokenizer),
     )
 
 
@@ -125,7 +124,8 @@ def _check(settings: Settings) -> None:
         if (value := getattr(settings, name)) not in allowed:
             raise UsageError(f"reward-model: {name} is {value!r}; give one of {', '.join(map(str, allowed))}")
     for name in ("batch_tokens", "max_length"):
-        if type(value := getattr(settings, name)) is not int or value < 1:
+        value = getattr(settings, name)
+        if not (type(value) is int and value >= 1) and (name, value) != ("batch_tokens", None):
             raise UsageError(f"reward-model: {name} is {value!r}; give a number of tokens")
     if settings.pairs and not settings.template:
         raise UsageError("reward-model: pairs=true needs template=FILE, which writes messages, first and second")
@@ -309,8 +309,9 @@ class TransformersNetwork:
         text = net.config.get_text_config()
         if getattr(text, "attn_logit_softcapping", None):  # transformers' SDPA leaves the soft-cap out (Gemma 2)
             net.set_attn_implementation("eager")
+        net.config.use_cache = False
         self.net = net.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        self.budget = settings.batch_tokens
+        self.budget = settings.batch_tokens or (8192 if torch.cuda.is_available() else 1024)
         self._text = text
         pad = text.pad_token_id
         self._pad = pad if pad is not None and 0 <= pad < text.vocab_size else None
@@ -362,7 +363,7 @@ class VllmNetwork:
             runner="pooling",
             dtype=settings.dtype,
             max_model_len=ready.max_length,
-            max_num_batched_tokens=max(settings.batch_tokens, ready.max_length),
+            max_num_batched_tokens=max(settings.batch_tokens or 8192, ready.max_length),
         )
         config = self.llm.model_config
         last = config.pooler_config.seq_pooling_type == "LAST"
