@@ -96,7 +96,7 @@ def check(output: Path, overwrite: bool, resume: bool, inputs: Sequence[Path] = 
     if not resume:
         raise UserError(
             f"{output}: holds an unfinished run ({len(_checkpoints(output))} checkpoints); "
-            "continue it with --resume, or replace it with --overwrite"
+            "continue it with --resume if it has any, or replace it with --overwrite"
         )
 
 

@@ -95,7 +95,7 @@ def _prepare(settings: Settings) -> Prepared:
     _check_head(where, config)
     template = None if settings.template is None else _template(settings.template)
     tokenizer = render.load_tokenizer(where)
-    tokenizer.chat_template = template or tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template if template is None else template
     ready = conversation.of(tokenizer, str(where))
     _probe(ready, settings)
     weights = _weights(settings, config)
