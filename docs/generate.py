@@ -15,7 +15,7 @@ from pipelines.labellers import rules
 from pipelines.readers import KINDS
 from schemas.errors import REASONS
 from schemas.feedback import FEEDBACK, REFERENCE_COLUMNS
-from una_train.config import Config
+from una_train.config import Config, RewardConfig
 from una_train.losses import OBJECTIVES
 from una_train.offsets import OFFSETS
 
@@ -58,10 +58,10 @@ def reasons() -> str:
     return "\n".join(["| reason | meaning |", "|---|---|", *(f"| `{k}` | {v} |" for k, v in REASONS.items())])
 
 
-def settings() -> str:
+def settings(kind: type = Config) -> str:
     rows = [
-        f"| `{f.name}` | `{_default(getattr(Config(), f.name))}` | {f.metadata['description']} |"
-        for f in dataclasses.fields(Config)
+        f"| `{f.name}` | `{_default(getattr(kind(), f.name))}` | {f.metadata['description']} |"
+        for f in dataclasses.fields(kind)
     ]
     return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
 
@@ -119,6 +119,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "layouts": layouts,
     "reasons": reasons,
     "settings": settings,
+    "reward_settings": lambda: settings(RewardConfig),
     "objectives": objectives,
     "offsets": offsets,
     "rules": kinds_of_rules,

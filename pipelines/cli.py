@@ -93,6 +93,14 @@ COMMANDS: dict[str, tuple[str, str, str, str, str, str]] = {
         "una train data/published --model models/base --output runs/policy --set beta=0.1 --set lora=true\n"
         "accelerate launch -m una_train data/published --model models/base --output runs/policy",
     ),
+    "reward-model": (
+        "una_train.reward_model",
+        "add_arguments",
+        "command",
+        False,
+        "train a reward model on comparisons",
+        "una reward-model train data/published --model models/base --output runs/reward --set lora=true",
+    ),
     "report": (
         "pipelines.report",
         "add_arguments",
@@ -178,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"una {version('una-align')}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
-    lines = "\n".join(f"  {name:10} {entry[4]}" for name, entry in COMMANDS.items())
+    lines = "\n".join(f"  {name:12} {entry[4]}" for name, entry in COMMANDS.items())
     parser.epilog = f"commands:\n{lines}\n\n{parser.epilog}"
     name = parser.parse_args(argv[:1]).command
     if wrong := next((arg for arg in argv if not _is_text(arg)), None):

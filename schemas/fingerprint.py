@@ -44,7 +44,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
 
 
-def local_model(name: str | Path) -> Path:
+def local_model(name: str | Path, revision: str | None = None) -> Path:
     """The directory of a model: `name` itself, or the hub snapshot of that id, downloaded if need be."""
     if Path(name).is_dir():
         return Path(name)
@@ -57,7 +57,7 @@ def local_model(name: str | Path) -> Path:
     except ImportError:
         raise UserError(f"{name}: no such directory (a hub id needs `pip install huggingface_hub`)") from None
     try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=_HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(str(name), revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub raises a dozen kinds: offline, gated, unknown, proxy
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise UserError(
@@ -66,8 +66,10 @@ def local_model(name: str | Path) -> Path:
         ) from None
 
 
-def fingerprint(model_dir: str | Path, *, dtype: str, engine: str, engine_version: str) -> Fingerprint:
-    """Hashes of the model in `model_dir` and how it is run (`dtype`, `engine`).
+def fingerprint(
+    model_dir: str | Path, *, dtype: str, engine: str, engine_version: str, template: str | None = None
+) -> Fingerprint:
+    """Hashes of the model in `model_dir` and how it is run (`dtype`, `engine`), with a `template` in place of its own.
 
     Raises `UserError` when the directory has no weights, no tokenizer or no chat template.
     """
@@ -75,11 +77,11 @@ def fingerprint(model_dir: str | Path, *, dtype: str, engine: str, engine_versio
     if not where.is_dir():
         raise UserError(f"{where}: no such directory")
     tokenizer = _tokenizer(where)  # first: the cheap checks fail before gigabytes are hashed
-    template = _template(where)
+    chat_template = _template(where) if template is None else _hash_text(template)
     return {
         "weights": _weights(where),
         "tokenizer": tokenizer,
-        "chat_template": template,
+        "chat_template": chat_template,
         "config": _hash_json(_read_json(where / "config.json"), _VOLATILE),
         "dtype": dtype,
         "engine": engine,

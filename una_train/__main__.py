@@ -3,31 +3,38 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from schemas import command
 from schemas.errors import UserError
 from una_train import train
 
+Command = Callable[[argparse.Namespace], dict[str, Any]]
 
-def main() -> int:
+
+def main(add_arguments: Callable[[argparse.ArgumentParser], None], run: Command) -> int:
     command.log_to_stderr()
     parser = argparse.ArgumentParser(prog="una_train", description=__doc__)
-    train.add_arguments(parser)
+    add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as JSON on the last line of stdout")
     args = parser.parse_args()
     args.json = args.json and os.environ.get("RANK", "0") == "0"
     follower = os.environ.get("LOCAL_RANK", "0") != "0"
-    return command.run(_silent if follower else train.command, args, "una_train")
+    return command.run(_silent(run) if follower else run, args, "una_train")
 
 
-def _silent(args: argparse.Namespace) -> dict[str, Any]:
+def _silent(run: Command) -> Command:
     """Every process of a machine meets the same user errors; the first one reports them."""
-    try:
-        return train.command(args)
-    except UserError:
-        sys.exit(1)
+
+    def silent(args: argparse.Namespace) -> dict[str, Any]:
+        try:
+            return run(args)
+        except UserError:
+            sys.exit(1)
+
+    return silent
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(train.add_arguments, train.command))

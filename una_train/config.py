@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -21,6 +21,7 @@ from schemas.errors import UsageError
 from una_train.losses import OBJECTIVES, PAIRWISE, POINTWISE
 from una_train.offsets import FROM_REFERENCE, OFFSETS
 
+T = TypeVar("T")
 Check = Callable[[Any], Any]  # gives the value back, or raises ValueError saying what is allowed
 
 LORA = {"r": 32, "alpha": 16, "dropout": 0.05, "target": "all-linear"}  # the paper's
@@ -252,6 +253,41 @@ class Config:
     )
 
 
+def _as_above(name: str, default: Any = None) -> Any:
+    """A setting of `Config`, perhaps with another default."""
+    field = Config.__dataclass_fields__[name]
+    return dataclasses.field(default=field.default if default is None else default, metadata=field.metadata)
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Settings of `una reward-model train`."""
+
+    margin: float = _setting(0.0, _number(0), "m: difference of rewards asked of a clear verdict")
+    label_smoothing: float = _setting(0.0, _number(0, 0.5), "ε: the share of verdicts taken to be wrong")
+    max_length: int = _setting(4096, _whole(1), "comparisons with a longer side, in tokens, are left out and counted")
+    held_out: float = _setting(
+        0.05, _number(0, 0.9), "share of the prompts kept for testing where the dataset has no test split"
+    )
+    learning_rate: float = _as_above("learning_rate", 1e-5)
+    scheduler: str = _as_above("scheduler")
+    warmup_ratio: float = _as_above("warmup_ratio")
+    epochs: int = _as_above("epochs", 1)
+    max_steps: int | None = _as_above("max_steps")
+    batch_size: int = _setting(64, _whole(1), "comparisons per step over all processes")
+    micro_batch_tokens: int = _setting(
+        8192, _whole(1), "padded tokens per forward pass, or one comparison; changes memory and speed and no result"
+    )
+    weight_decay: float = _as_above("weight_decay")
+    max_grad_norm: float = _as_above("max_grad_norm")
+    dtype: str = _as_above("dtype")
+    activation_checkpointing: bool = _as_above("activation_checkpointing")
+    lora: dict[str, Any] | None = _as_above("lora")
+    seed: int = _setting(0, _whole(0, 2**32 - 1), "order of the comparisons, LoRA's initial weights and dropout")
+    eval_every: int = _as_above("eval_every")
+    log_every: int = _as_above("log_every")
+
+
 # What may change between a run and its continuation, since it does not change the weights.
 FREE_ON_RESUME = {
     "micro_batch_tokens", "packing", "token_store", "max_bad_steps",
@@ -262,16 +298,21 @@ FREE_ON_RESUME = {
 
 def load(file: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
     """The settings of a YAML file with `key=value` overrides on top; `UsageError` names what is wrong."""
+    return _consistent(read(Config, file, overrides))
+
+
+def read(kind: type[T], file: str | Path | None = None, overrides: Iterable[str] = ()) -> T:
+    """The same for any of the dataclasses above, each setting checked by itself."""
     values: dict[str, Any] = {}
     if file is not None:
         for key, value in settings_file.read(file, "settings file").items():
-            _put(values, str(key), value, str(file))
+            _put(values, kind, str(key), value, str(file))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise UsageError(f"--set {override}: give key=value, such as --set beta=0.1")
-        _put(values, key.strip(), settings_file.parse(text, f"--set {key}"), "--set")
-    return _consistent(Config(**values))
+            raise UsageError(f"--set {override}: give key=value, such as --set learning_rate=1e-5")
+        _put(values, kind, key.strip(), settings_file.parse(text, f"--set {key}"), "--set")
+    return kind(**values)
 
 
 def _consistent(config: Config) -> Config:
@@ -314,15 +355,15 @@ def _why(offset: str) -> str:
     return reasons.get(offset, "")
 
 
-def dump(config: Config) -> str:
+def dump(config: Config | RewardConfig) -> str:
     """The settings as YAML; `load` gives the same settings back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
-def _put(values: dict[str, Any], key: str, value: Any, where: str) -> None:
+def _put(values: dict[str, Any], kind: Any, key: str, value: Any, where: str) -> None:
     """Check one setting and store it in `values`; `key` may name an entry, as in `beta.binary`."""
     name, _, entry = key.partition(".")
-    known = {f.name: f for f in dataclasses.fields(Config)}
+    known = {f.name: f for f in dataclasses.fields(kind)}
     if name not in known:
         raise UsageError(f"{where}: unknown setting {key!r}{did_you_mean(name, known)}")
     facts = known[name].metadata

@@ -191,7 +191,7 @@ def load(model_dir: Path, config: Config, checkpoint: Path | None = None) -> Any
     source = model_dir if checkpoint is None or config.lora else checkpoint / "policy"
     try:
         policy = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, **_attention(model_dir), **_quantized(config)
+            source, dtype=torch.float32, use_safetensors=True, **attention(model_dir), **_quantized(config)
         )
     except Exception as error:  # what a damaged directory raises is anything: safetensors', pickle's, torch's errors
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
@@ -210,7 +210,7 @@ def load(model_dir: Path, config: Config, checkpoint: Path | None = None) -> Any
     return policy
 
 
-def _attention(model_dir: Path) -> dict[str, str]:
+def attention(model_dir: Path) -> dict[str, str]:
     """Soft-capped attention (Gemma 2) by the plain implementation: transformers' SDPA leaves the cap out."""
     text = transformers.AutoConfig.from_pretrained(model_dir).get_text_config()
     return {"attn_implementation": "eager"} if getattr(text, "attn_logit_softcapping", None) else {}
@@ -311,9 +311,14 @@ def save(path: Path, policy: Any, weights: dict[str, Tensor], model: str, model_
         if whole:  # save_pretrained writes the dtype of the policy in memory
             facts = json.loads((temp / "config.json").read_text("utf-8"))
             (temp / "config.json").write_text(json.dumps({**facts, "dtype": config.dtype}, indent=2) + "\n", "utf-8")
-        for file in model_dir.iterdir():
-            if file.name in (*TOKENIZER_FILES, TEMPLATE_FILE) or file.suffix == ".tiktoken":
-                shutil.copyfile(file, temp / file.name)
+        copy_tokenizer(model_dir, temp)
+
+
+def copy_tokenizer(model_dir: Path, where: Path) -> None:
+    """The tokenizer's files and the chat template, byte for byte."""
+    for file in model_dir.iterdir():
+        if file.name in (*TOKENIZER_FILES, TEMPLATE_FILE) or file.suffix == ".tiktoken":
+            shutil.copyfile(file, where / file.name)
 
 
 def _merged(policy: Any, weights: dict[str, Tensor], model_dir: Path, config: Config) -> tuple[Any, dict[str, Tensor]]:

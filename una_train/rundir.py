@@ -39,15 +39,32 @@ from schemas.fingerprint import fingerprint
 from schemas.manifest import NAME, sha256
 from una_train import config as settings
 from una_train import data, evaluate
-from una_train.config import Config
+from una_train.config import Config, RewardConfig
 from una_train.evaluate import Judged
 from una_train.watch import Watch
 
 log = logging.getLogger("una_train")
 
 # what a run writes, and all that --overwrite removes
-RUN_FILES = ("config.yaml", "metrics.jsonl", "predictions.parquet", "policy", "tensorboard", "wandb", "run.json")
-LEFTOVERS = (".checkpoint-*", ".policy", ".run.json", ".predictions.parquet", ".metrics.jsonl", ".config.yaml")
+RUN_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "predictions.parquet",
+    "policy",
+    "reward_model",
+    "tensorboard",
+    "wandb",
+    "run.json",
+)
+LEFTOVERS = (
+    ".checkpoint-*",
+    ".policy",
+    ".reward_model",
+    ".run.json",
+    ".predictions.parquet",
+    ".metrics.jsonl",
+    ".config.yaml",
+)
 
 VALUE = "value"  # key of a parameter itself among its optimizer state
 
@@ -75,11 +92,11 @@ def check(output: Path, overwrite: bool, resume: bool, inputs: Sequence[Path] = 
     if before is None:
         raise UserError(f"{output}: holds files that are not a run's; choose an empty directory, or add --overwrite")
     if before["final"] is not None:
-        raise UserError(f"{output}: holds a complete run, whose policy is {output / 'policy'}; --overwrite replaces it")
+        raise UserError(f"{output}: holds a complete run; --overwrite replaces it")
     if not resume:
         raise UserError(
             f"{output}: holds an unfinished run ({len(_checkpoints(output))} checkpoints); "
-            "continue it with --resume, or replace it with --overwrite"
+            "continue it with --resume if it has any, or replace it with --overwrite"
         )
 
 
@@ -120,7 +137,7 @@ def last_loss(output: Path) -> float:
     return next((line["loss"] for line in reversed(lines) if line["split"] == "train"), math.nan)
 
 
-def prepare(output: Path, config: Config, facts: dict[str, Any], checkpoint: Path | None) -> None:
+def prepare(output: Path, config: Config | RewardConfig, facts: dict[str, Any], checkpoint: Path | None) -> None:
     """Leave in the output what belongs to the checkpoint, or nothing of an earlier run."""
     write(output / "run.json", json.dumps(facts, indent=2) + "\n")  # first: from now on it is an unfinished run's
     remove = [path for pattern in LEFTOVERS for path in output.glob(pattern)]
@@ -157,7 +174,7 @@ def write(path: Path, text: str) -> None:
     os.replace(temp, path)
 
 
-def facts_of(model: str, dataset: str, config: Config, model_dir: Path) -> dict[str, Any]:
+def facts_of(model: str, dataset: str, config: Config | RewardConfig, model_dir: Path) -> dict[str, Any]:
     """What run.json says; `final` is null until the run is complete."""
     version = importlib.metadata.version
     return {

@@ -44,7 +44,7 @@ from schemas.fingerprint import Fingerprint, local_model
 from schemas.manifest import Manifest
 from una_train import config as settings
 from una_train import data, evaluate, parity, policy, rundir, watch
-from una_train.config import Config
+from una_train.config import Config, RewardConfig
 from una_train.data import Batch, Split
 from una_train.evaluate import Judged
 from una_train.objective import Objectives
@@ -53,6 +53,7 @@ from una_train.offsets import FROM_REFERENCE
 log = logging.getLogger("una_train")
 
 T = TypeVar("T")
+C = TypeVar("C", Config, RewardConfig)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -276,7 +277,7 @@ def train(
 STEP_FACTS = ("lr", "grad_norm", "tokens_per_second", "data_wait")
 
 
-def learning_rate(step: int, total: int, config: Config) -> float:
+def learning_rate(step: int, total: int, config: Config | RewardConfig) -> float:
     """Rate at `step` (from 1): linear warm-up to the peak, then the scheduler's shape; never 0."""
     warmup = round(config.warmup_ratio * total)
     if step <= warmup:
@@ -470,11 +471,16 @@ def _settings(args: argparse.Namespace, output: Path) -> Config:
         policy.require("peft", "lora")
     if config.quantization != "none":
         policy.require("bitsandbytes", f"quantization={config.quantization}")
-    if config.dtype == "auto":
-        on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true")
-        bf16 = on_gpu and torch.cuda.is_bf16_supported()
-        config = dataclasses.replace(config, dtype="bfloat16" if bf16 else "float32")
-    return config
+    return with_dtype(config)
+
+
+def with_dtype(config: C) -> C:
+    """The settings with `dtype=auto` settled for this machine."""
+    if config.dtype != "auto":
+        return config
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true")
+    bf16 = on_gpu and torch.cuda.is_bf16_supported()
+    return dataclasses.replace(config, dtype="bfloat16" if bf16 else "float32")
 
 
 def _accelerator(config: Config, output: Path) -> Accelerator:

@@ -45,29 +45,33 @@ def _response_logps(entries: Any, start: int, response: list[int]) -> np.ndarray
 
 def load(model: str, *, dtype: str, batch_tokens: int, max_length: int) -> VllmEngine:
     """Start vLLM on a local model directory; `batch_tokens` bounds the tokens scheduled per step."""
+    return VllmEngine(
+        start(
+            model,
+            dtype=dtype,
+            max_model_len=max_length + 1,
+            max_num_batched_tokens=max(batch_tokens, max_length + 1),
+            generation_config="vllm",
+        )
+    )
+
+
+def start(model: str, **options: Any) -> Any:
+    """An `LLM` with these options that ends with this process; `UserError` when vLLM cannot start it."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         from vllm import LLM
     except ImportError as error:
         raise UserError(
-            f"--engine vllm: vLLM is not installed or does not import ({error}); see Installation in the README"
+            f"engine vllm: vLLM is not installed or does not import ({error}); see Installation in the README"
         ) from None
     try:
-        llm = LLM(
-            model,
-            dtype=dtype,  # type: ignore[arg-type]
-            max_model_len=max_length + 1,
-            max_num_batched_tokens=max(batch_tokens, max_length + 1),
-            enable_prefix_caching=False,
-            generation_config="vllm",
-            disable_log_stats=True,
-            seed=0,
-        )
+        llm = LLM(model, enable_prefix_caching=False, disable_log_stats=True, seed=0, **options)
     except Exception as error:
         raise UserError(f"{model}: vLLM cannot load it ({type(error).__name__}: {error})") from None
     atexit.register(_shut_down, llm.llm_engine.engine_core)
-    return VllmEngine(llm)
+    return llm
 
 
 def _shut_down(core: Any) -> None:
