@@ -97,7 +97,7 @@ COMMANDS: dict[str, tuple[str, str, str, str, str, str]] = {
         "una_train.reward_model",
         "add_arguments",
         "command",
-        False,
+        NONE,
         "train a reward model on comparisons",
         "una reward-model train data/published --model models/base --output runs/reward --set lora=true",
     ),
