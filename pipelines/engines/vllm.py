@@ -66,6 +66,8 @@ def load(model: str, *, dtype: str, batch_tokens: int, max_length: int, prefix_c
             max_num_batched_tokens=max(batch_tokens, max_length + 1),
             enable_prefix_caching=prefix_caching,
             generation_config="vllm",
+            # a weak model may otherwise fill the answer with the blanks that JSON allows anywhere
+            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
             disable_log_stats=True,
             seed=0,
         )

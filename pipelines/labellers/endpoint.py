@@ -78,7 +78,7 @@ class Meter:
     asked: int = 0
     failed: int = 0
     tokens: list[int] = field(default_factory=lambda: [0, 0])
-    spent: float = 0.0
+    spent: float = 0.0  # by calls that are over
     _open: int = 0
     _over: bool = False
 
@@ -88,7 +88,7 @@ class Meter:
         while not self._over:
             if self._allows(*_plus(self.cache.spent(self.run), cost)):
                 if self._allows(*self.cache.spend(self.run, 1, cost)):
-                    self._open, self.asked, self.spent = self._open + 1, self.asked + 1, self.spent + cost
+                    self._open, self.asked = self._open + 1, self.asked + 1
                     return cost
                 self.cache.spend(self.run, -1, -cost)  # another process was faster
             if not self._open:
@@ -102,7 +102,7 @@ class Meter:
         """A call is over: correct what was reserved, where the answer says what it used, or was none."""
         self._open -= 1
         cost = self._cost(*used) if used else reserved if billed else 0.0
-        self.spent += cost - reserved
+        self.spent += cost
         self.cache.spend(self.run, 0, cost - reserved)
         for i, n in enumerate(used or ()):
             self.tokens[i] += n
@@ -115,7 +115,8 @@ class Meter:
         return (self.calls is None or calls <= self.calls) and (self.usd is None or usd <= self.usd + 1e-12)
 
     def _limit(self) -> str:
-        limits = [f"{self.usd:g} USD"] * (self.usd is not None) + [f"{self.calls} calls"] * (self.calls is not None)
+        limits = [] if self.usd is None else [f"{self.usd:g} USD"]
+        limits += [] if self.calls is None else [f"{self.calls} calls"]
         return f"budget of {' and '.join(limits)}"
 
 
@@ -179,6 +180,8 @@ class Endpoint:
             async with self._session() as session, asyncio.TaskGroup() as workers:
                 for _ in range(min(self._concurrency, len(bodies))):
                     workers.create_task(work())
+            if time.monotonic() - start > PROGRESS:
+                self._say(done[0], len(bodies), time.monotonic() - start)
         except* Exception as errors:
             first = min(errors.exceptions, key=lambda error: not isinstance(error, UserError))
             self._stopped = first if isinstance(first, UserError) else None

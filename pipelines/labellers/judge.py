@@ -93,7 +93,7 @@ class Judge:
         if label not in found or not mass > 0:
             detail = "the server gave no probability of the score's token; it must return logprobs"
             raise Reject("unparsable_judgement", f"{detail}: {answer['text'][:SHOWN]!r}")
-        return Verdict(label, explanation, {one: share / mass for one, share in found.items()}, mass)
+        return Verdict(label, explanation, {one: share / mass for one, share in found.items()}, min(1.0, mass))
 
     def _scored(self, found: "Verdict", facts: dict[str, Any]) -> Score:
         facts |= {"mass": found.mass} if found.mass is not None else {}
@@ -178,7 +178,7 @@ def _sampling(body: Body) -> Any:
 
     held: Any = None
     if schema := body.get("response_format"):
-        held = StructuredOutputsParams(json=schema["json_schema"]["schema"], disable_any_whitespace=True)
+        held = StructuredOutputsParams(json=schema["json_schema"]["schema"])
     elif choices := body.get("structured_outputs"):
         held = StructuredOutputsParams(choice=choices["choice"])
     given = {name: body[name] for name in ("temperature", "max_tokens", "seed") if name in body}
