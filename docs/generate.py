@@ -9,8 +9,10 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pipelines.converters import CONVERTERS
+from pipelines.labellers.judge_settings import Settings
 from pipelines.readers import KINDS
 from schemas.errors import REASONS
 from schemas.feedback import FEEDBACK, REFERENCE_COLUMNS
@@ -58,15 +60,24 @@ def reasons() -> str:
 
 
 def settings() -> str:
+    return _settings(Config())
+
+
+def judge() -> str:
+    return _settings(Settings(model=""))
+
+
+def _settings(defaults: Any) -> str:
     rows = [
-        f"| `{f.name}` | `{_default(getattr(Config(), f.name))}` | {f.metadata['description']} |"
-        for f in dataclasses.fields(Config)
+        f"| `{f.name}` | {_default(getattr(defaults, f.name))} | {f.metadata['description']} |"
+        for f in dataclasses.fields(defaults)
     ]
     return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
 
 
 def _default(value: object) -> str:
-    return json.dumps(value) if isinstance(value, dict) else str(value).lower()
+    text = json.dumps(value) if isinstance(value, dict) else str(value).lower()
+    return f"`{text}`" if value not in ("", ()) else ""
 
 
 def objectives() -> str:
@@ -99,6 +110,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reasons": reasons,
     "settings": settings,
     "objectives": objectives,
+    "judge": judge,
     "offsets": offsets,
 }
 

@@ -206,8 +206,13 @@ def _loaded(model: str, dtype: str, max_length: int) -> Local:
 
 def _local(settings: Settings) -> Local:
     """The one engine of this process for a model."""
+    from transformers import AutoConfig
+
+    model = str(local_model(settings.model))
+    context = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None)
+    longest = min(settings.max_length, context - 1) if context else settings.max_length
     with _loading:
-        return _loaded(str(local_model(settings.model)), settings.dtype, settings.max_length)
+        return _loaded(model, settings.dtype, longest)
 
 
 # --- the kind ----------------------------------------------------------------------------------

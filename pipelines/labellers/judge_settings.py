@@ -88,7 +88,7 @@ class Settings:
     budget_calls: int | None = _setting(None, _whole(0, none=True), "requests that may be sent; 0: the cache alone")
     run: str = _setting("", _TEXT, "the name under which spending adds up in the cache; by default the labeller")
     dtype: str = _setting("bfloat16", _one_of("float32", "bfloat16", "float16"), "of the weights (`vllm`)")
-    max_length: int = _setting(8192, _whole(64), "tokens of prompt and answer together (`vllm`)")
+    max_length: int = _setting(8192, _whole(64), "tokens of prompt and answer, within the model's context (`vllm`)")
 
 
 # What changes how calls are made but not what is answered; the template counts by its text.
