@@ -39,8 +39,14 @@ class VllmEngine:
 
     def chat(self, conversations: Sequence[list[dict[str, str]]], params: Sequence[Any]) -> list[Any]:
         """vLLM's outputs for conversations under their `SamplingParams`; `ValueError` when one cannot be taken."""
-        with self._lock:
-            return self.llm.chat(list(conversations), list(params), use_tqdm=False)
+        from jinja2 import TemplateError
+        from vllm.exceptions import VLLMClientError
+
+        try:
+            with self._lock:
+                return self.llm.chat(list(conversations), list(params), use_tqdm=False)
+        except (VLLMClientError, TemplateError) as error:  # nothing was computed: all are checked first
+            raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def _response_logps(entries: Any, start: int, response: list[int]) -> np.ndarray:

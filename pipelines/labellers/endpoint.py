@@ -86,17 +86,25 @@ class Meter:
         """Reserve one call and give the USD that were reserved; `Reject` when the budget does not allow it."""
         cost = self._cost(size / _BYTES_PER_TOKEN, body.get("max_tokens") or body.get("max_completion_tokens") or 0)
         while not self._over:
-            if self._allows(*_plus(self.cache.spent(self.run), cost)):
-                if self._allows(*self.cache.spend(self.run, 1, cost)):
-                    self._open, self.asked = self._open + 1, self.asked + 1
-                    return cost
-                self.cache.spend(self.run, -1, -cost)  # another process was faster
+            if self._reserved(cost):
+                self._open, self.asked = self._open + 1, self.asked + 1
+                return cost
             if not self._open:
                 self._over = True
-                log.warning("the budget for labelling is spent: no further calls")
+                log.warning("%s is spent: no further calls", self._limit())
             else:
                 await asyncio.sleep(0.02)  # what is in flight may cost less than was reserved for it
         raise Reject("budget_spent", self._limit())
+
+    def _reserved(self, cost: float) -> bool:
+        """Whether one more call is within the budget, which then has it."""
+        calls, usd = self.cache.spent(self.run)
+        if not self._allows(calls + 1, usd + cost):
+            return False
+        if self._allows(*self.cache.spend(self.run, 1, cost)):
+            return True
+        self.cache.spend(self.run, -1, -cost)  # another process was faster
+        return False
 
     def settle(self, reserved: float, used: tuple[int, int] | None, billed: bool = True) -> None:
         """A call is over: correct what was reserved, where the answer says what it used, or was none."""
@@ -117,11 +125,7 @@ class Meter:
     def _limit(self) -> str:
         limits = [] if self.usd is None else [f"{self.usd:g} USD"]
         limits += [] if self.calls is None else [f"{self.calls} calls"]
-        return f"budget of {' and '.join(limits)}"
-
-
-def _plus(spent: tuple[int, float], cost: float) -> tuple[int, float]:
-    return spent[0] + 1, spent[1] + cost
+        return f"the budget of {' and '.join(limits)}"
 
 
 class Endpoint:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import jinja2
-
 from pipelines import engines
 from pipelines.labellers.base import Identity, Item, Kind, Labeller, Outcome, Score
 from pipelines.labellers.cache import Cache, key_of
@@ -165,10 +163,10 @@ class Local:
         """vLLM refuses all when one is too long or its template fails: then each is asked alone."""
         try:
             outputs = self._engine.chat([body["messages"] for body in bodies], [_sampling(body) for body in bodies])
-        except (ValueError, jinja2.TemplateError) as error:
+        except ValueError as error:
             if len(bodies) > 1:
                 return [answer for body in bodies for answer in self._answers([body])]
-            return [Reject("labeller_failed", f"vLLM: {type(error).__name__}: {str(error)[:300]}")]
+            return [Reject("labeller_failed", f"vLLM: {str(error)[:300]}")]
         return [_local_reply(output) for output in outputs]
 
 
