@@ -9,9 +9,11 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pipelines.converters import CONVERTERS
 from pipelines.labellers import rules
+from pipelines.labellers.judge_settings import Settings
 from pipelines.readers import KINDS
 from schemas.errors import REASONS
 from schemas.feedback import FEEDBACK, REFERENCE_COLUMNS
@@ -58,16 +60,17 @@ def reasons() -> str:
     return "\n".join(["| reason | meaning |", "|---|---|", *(f"| `{k}` | {v} |" for k, v in REASONS.items())])
 
 
-def settings(kind: type = Config) -> str:
+def settings(defaults: Any) -> str:
     rows = [
-        f"| `{f.name}` | `{_default(getattr(kind(), f.name))}` | {f.metadata['description']} |"
-        for f in dataclasses.fields(kind)
+        f"| `{f.name}` | {_default(getattr(defaults, f.name))} | {f.metadata['description']} |"
+        for f in dataclasses.fields(defaults)
     ]
     return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
 
 
 def _default(value: object) -> str:
-    return json.dumps(value) if isinstance(value, dict) else str(value).lower()
+    text = json.dumps(value) if isinstance(value, dict) else str(value).lower()
+    return f"`{text}`" if value not in ("", ()) else ""
 
 
 def objectives() -> str:
@@ -110,7 +113,7 @@ def settings_of_rules() -> str:
 def _rule_default(field: dataclasses.Field) -> str:
     if field.default is dataclasses.MISSING:
         return "must be given" if field.default_factory is dataclasses.MISSING else ""
-    return f"`{_default(field.default)}`" if field.default not in ("", None) else ""
+    return _default(field.default) if field.default is not None else ""
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -118,9 +121,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "formats": formats,
     "layouts": layouts,
     "reasons": reasons,
-    "settings": settings,
-    "reward_settings": lambda: settings(RewardConfig),
+    "settings": lambda: settings(Config()),
+    "reward_settings": lambda: settings(RewardConfig()),
     "objectives": objectives,
+    "judge": lambda: settings(Settings(model="")),
     "offsets": offsets,
     "rules": kinds_of_rules,
     "rule settings": settings_of_rules,

@@ -7,7 +7,6 @@ reason, and with it the other row of its comparison.
 
 import argparse
 import dataclasses
-import importlib.metadata
 import logging
 import time
 from collections import Counter
@@ -266,7 +265,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--batch-tokens {args.batch_tokens}: must be positive")
     files = dataset.data_files(args.directory, before)
     model = str(local_model(args.model))
-    mark = fingerprint(model, dtype=args.dtype, engine=args.engine, engine_version=_engine_version(args.engine))
+    mark = fingerprint(model, dtype=args.dtype, engine=args.engine, engine_version=engines.version(args.engine))
     longest = max_length(model, args.max_length, args.engine)
     render.load(model)  # a template that cannot work fails here, before any worker starts
     output = args.output.rstrip("/")
@@ -304,12 +303,3 @@ def max_length(model: str, asked: int | None, engine: str) -> int:
     if asked is not None and not 2 <= asked <= context:
         raise UsageError(f"--max-length {asked}: must lie between 2 and {context}, the context of {model} ({engine})")
     return asked or min(2048, context)
-
-
-def _engine_version(engine: str) -> str:
-    for package in (engine, f"{engine}-cpu"):
-        try:
-            return f"{engine} {importlib.metadata.version(package)}"
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    raise UserError(f"--engine {engine}: not installed; see Installation in the README")

@@ -4,12 +4,16 @@ import hashlib
 import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -41,6 +45,39 @@ def vllm_engine(tiny_model):
     from pipelines import engines
 
     return engines.load("vllm", str(tiny_model), dtype="float32", batch_tokens=2048, max_length=1024)
+
+
+@pytest.fixture(scope="session")
+def vllm_server(tiny_model, tmp_path_factory):
+    """The address and the key of an OpenAI-compatible vLLM server with the tiny model as `tiny`; a minute to start."""
+    pytest.importorskip("vllm")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    key, log = "sk-of-the-test-server", tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_model)]
+    command += ["--served-model-name", "tiny", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--max-model-len", "2048", "--enforce-eager"]
+    # a random model would write blanks for ever where JSON allows them
+    command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_API_KEY": key}
+    with log.open("wb") as out:
+        server = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/health", server, log)
+        yield f"http://127.0.0.1:{port}/v1", key
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)  # it has processes of its own
+        server.wait(30)
+
+
+def _wait_for(url, server, log, seconds=400):
+    for _ in range(seconds):
+        assert server.poll() is None, log.read_text()[-3000:]
+        with suppress(OSError), urllib.request.urlopen(url, timeout=5):
+            return
+        time.sleep(1)
+    raise AssertionError(log.read_text()[-3000:])
 
 
 @pytest.fixture(scope="session")

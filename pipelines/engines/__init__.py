@@ -1,10 +1,13 @@
 """Engines that compute response log-probs under the reference model; each module has the same `load`."""
 
+import importlib.metadata
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Protocol
 
 import numpy as np
+
+from schemas.errors import UserError
 
 ENGINES = {"transformers": "pipelines.engines.transformers", "vllm": "pipelines.engines.vllm"}
 
@@ -22,3 +25,13 @@ class Engine(Protocol):
 def load(name: str, model: str, *, dtype: str, batch_tokens: int, max_length: int) -> Engine:
     """Load an engine by name; `max_length` is the longest prompt plus response it must take, in tokens."""
     return import_module(ENGINES[name]).load(model, dtype=dtype, batch_tokens=batch_tokens, max_length=max_length)
+
+
+def version(name: str) -> str:
+    """`vllm 0.32.0`, without importing it."""
+    for package in (name, f"{name}-cpu"):
+        try:
+            return f"{name} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise UserError(f"--engine {name}: not installed; see Installation in the README")

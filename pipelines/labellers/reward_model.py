@@ -364,6 +364,7 @@ class VllmNetwork:
             dtype=settings.dtype,
             max_model_len=ready.max_length,
             max_num_batched_tokens=max(settings.batch_tokens or 8192, ready.max_length),
+            enable_prefix_caching=False,
         )
         config = self.llm.model_config
         last = config.pooler_config.seq_pooling_type == "LAST"

@@ -1,0 +1,141 @@
+"""The settings of a judge, their checks, and the key, which is read from the environment and kept nowhere."""
+
+# ruff: noqa: RUF009 - the calls in the dataclass make its fields
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from schemas.errors import UsageError
+
+ENGINES = ("endpoint", "vllm")
+MODES = ("pointwise", "pairwise", "reference")
+STRUCTURED = ("json_schema", "choices", "none")
+RUBRIC = "Is the answer correct, complete, helpful to the person who asked, and clear?"
+_DEFAULT_KEY = "OPENAI_API_KEY"
+Check = tuple[Callable[[Any], bool], str]  # whether a value is good, and what is allowed
+
+
+def _one_of(*allowed: str) -> Check:
+    return lambda value: value in allowed, f"one of {', '.join(allowed)}"
+
+
+def _number(low: float, *, none: bool = False) -> Check:
+    def check(value: Any) -> bool:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return (none and value is None) or (number and math.isfinite(value) and value >= low)
+
+    return check, f"a number of at least {low:g}{', or null' if none else ''}"
+
+
+def _whole(low: int, high: int = 2**31, *, none: bool = False) -> Check:
+    def check(value: Any) -> bool:
+        return (none and value is None) or (type(value) is int and low <= value <= high)
+
+    return check, f"a whole number of at least {low}, at most {high}{', or null' if none else ''}"
+
+
+_TEXT = (lambda value: isinstance(value, str), "a text")
+_SWITCH = (lambda value: isinstance(value, bool), "true or false")
+_TEXTS = (
+    lambda value: isinstance(value, list | tuple) and all(isinstance(one, str) for one in value),
+    "a list of texts",
+)
+_OPTIONS = (lambda value: isinstance(value, dict) and all(isinstance(key, str) for key in value), "a mapping")
+
+
+def _setting(default: Any, check: Check, description: str) -> Any:
+    facts = {"check": check, "description": description}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=facts)
+    return dataclasses.field(default=default, metadata=facts)
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str = _setting(
+        dataclasses.MISSING, _TEXT, "the model's name at the endpoint; for `vllm` a directory or hub id"
+    )
+    engine: str = _setting("endpoint", _one_of(*ENGINES), "an OpenAI-compatible API, or vLLM in this process")
+    name: str = _setting("", _TEXT, "what the labeller is called; by default the model's name")
+    mode: str = _setting("pointwise", _one_of(*MODES), "a score, a score beside a reference, or a comparison")
+    base_url: str = _setting("", _TEXT, "the API's address, such as `http://localhost:8000/v1`")
+    key_env: str = _setting(_DEFAULT_KEY, _TEXT, "the environment variable that holds the API's key")
+    template: str = _setting("", _TEXT, "a Jinja2 file; by default the one of the mode")
+    rubric: str = _setting(RUBRIC, _TEXT, "what makes an answer good")
+    low: int = _setting(1, _whole(-1000, 1000), "the worst score")
+    high: int = _setting(10, _whole(-1000, 1000), "the best score")
+    reference: str = _setting("reference", _TEXT, "the metadata field that holds the reference answer")
+    structured: str = _setting("json_schema", _one_of(*STRUCTURED), "how the engine holds the answer to its form")
+    explain: bool = _setting(False, _SWITCH, "an explanation before the score, kept in the facts; `json_schema` only")
+    expected: bool = _setting(
+        False, _SWITCH, "the mean over the scores' probabilities instead of the score; 0 to 9 only"
+    )
+    temperature: float | None = _setting(0.0, _number(0, none=True), "of the answer; null leaves it out of the call")
+    max_tokens: int | None = _setting(256, _whole(1, none=True), "of the answer; null leaves it out of the call")
+    seed: int | None = _setting(None, _whole(-(2**31), none=True), "of sampling, sent with every call")
+    extra: dict[str, Any] = _setting({}, _OPTIONS, "more of a call's body; null removes what stands there")
+    special: Sequence[str] = _setting((), _TEXTS, "more texts that are special tokens to the model")
+    concurrency: int = _setting(16, _whole(1, 4096), "calls at a time in each worker")
+    retries: int = _setting(5, _whole(0, 100), "further attempts of a call that failed")
+    timeout: float = _setting(120.0, _number(0.01), "seconds for one attempt, however slowly it drips")
+    price_in: float = _setting(0.0, _number(0), "USD for 1M tokens of a prompt")
+    price_out: float = _setting(0.0, _number(0), "USD for 1M tokens of an answer")
+    budget: float | None = _setting(None, _number(0, none=True), "USD that may be spent; needs the prices")
+    budget_calls: int | None = _setting(None, _whole(0, none=True), "requests that may be sent; 0: the cache alone")
+    run: str = _setting("", _TEXT, "the name under which spending adds up in the cache; by default the labeller")
+    dtype: str = _setting("bfloat16", _one_of("float32", "bfloat16", "float16"), "of the weights (`vllm`)")
+    max_length: int = _setting(8192, _whole(64), "tokens of prompt and answer, within the model's context (`vllm`)")
+
+
+# What changes how calls are made but not what is answered; the template counts by its text.
+_NAMES = """key_env base_url name template concurrency retries timeout price_in price_out budget budget_calls run
+max_length"""
+MANNER = frozenset(_NAMES.split())
+
+
+def check(settings: Settings) -> None:
+    """`UsageError` for a value that is not allowed, or for two that do not go together."""
+    for one in dataclasses.fields(settings):
+        good, allowed = one.metadata["check"]
+        value = getattr(settings, one.name)
+        if not good(value):
+            raise UsageError(f"judge: {one.name}: {value!r} must be {allowed}")
+    wrong = [
+        (not settings.model, "model: give the judge's name"),
+        (settings.low >= settings.high, f"low {settings.low} must be less than high {settings.high}"),
+        (settings.explain and settings.structured != "json_schema", "explain needs structured: json_schema"),
+        (
+            settings.expected and settings.mode != "pairwise" and not 0 <= settings.low < settings.high <= 9,
+            f"expected needs scores of one digit, such as low=0, high=9; these are {settings.low} to {settings.high}",
+        ),
+        (
+            settings.budget is not None and not settings.price_in + settings.price_out,
+            "budget needs price_in, price_out",
+        ),
+        (settings.engine == "endpoint" and not settings.base_url, "base_url: give the API's address"),
+        (settings.engine == "vllm" and settings.base_url != "", "base_url goes with engine: endpoint"),
+        (settings.engine == "vllm" and settings.extra != {}, "extra goes with engine: endpoint"),
+        (
+            settings.engine == "vllm" and (settings.budget is not None or settings.budget_calls is not None),
+            "a budget goes with engine: endpoint; vllm in this process costs nothing by the call",
+        ),
+    ]
+    for so, words in wrong:
+        if so:
+            raise UsageError(f"judge: {words}")
+    if fixed := sorted({"messages", "model", "stream", "n"} & settings.extra.keys()):
+        raise UsageError(f"judge: extra: {fixed[0]} is not to be changed")
+
+
+def read_key(settings: Settings) -> str:
+    """The API's key; none is fine where the default variable is not set, as local servers ask for none."""
+    key = os.environ.get(settings.key_env, "").strip()
+    if not key and settings.key_env != _DEFAULT_KEY:
+        raise UsageError(f"judge: key_env: the environment has no variable {settings.key_env}")
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"judge: key_env: what {settings.key_env} holds is no key: it has blanks or other signs")
+    return key
