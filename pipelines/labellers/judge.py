@@ -324,6 +324,7 @@ KINDS = {
         identify,
         load,
         pairs=lambda settings: settings.mode == "pairwise",
+        shared=lambda settings: settings.engine == "vllm",
         help="a language model as the judge: pointwise, pairwise in both orders, or beside a reference",
     )
 }

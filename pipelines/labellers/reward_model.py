@@ -401,6 +401,7 @@ KINDS = {
         identify,
         load,
         pairs=lambda settings: settings.pairs,
+        shared=lambda settings: True,
         help="a sequence-classification model: model=DIR|HUB_ID, engine, dtype, weights, pairs, template, …",
     )
 }
