@@ -25,6 +25,7 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 from xml.parsers import expat
 
+import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.json as pa_json
@@ -48,7 +49,7 @@ KINDS = {
 RANGE_BYTES = 32 << 20  # a JSONL file is read in ranges of about this size
 CHUNK_BYTES = 1 << 18  # read at a time: lines that are still in the cache are parsed faster
 TEXTS_BYTES = 4 << 20  # and where records are read by column
-_OPEN, _CLOSE = b"{}"
+_OPEN, _CLOSE, _NEWLINE = b"{}\n"
 TEXTS_LINES = 16  # fewer are quicker read one by one
 RECORD_BYTES = 256 << 20  # a longer record is rejected with its first `HEAD_BYTES`
 HEAD_BYTES = 1 << 20
@@ -200,9 +201,10 @@ def survey(path: str, kind: str) -> tuple[dict[str, Any], list[Range]]:
         sha, size, lines, cuts = hashlib.sha256(), 0, 0, [(0, 1)]  # cuts: byte offset, number of the line there
         with io.open_raw(path) as file:
             while chunk := file.read(CHUNK_BYTES):
+                newlines = int(np.count_nonzero(np.frombuffer(chunk, np.uint8) == _NEWLINE))  # faster than to count
                 if size + len(chunk) - cuts[-1][0] > cut_every and (end := chunk.rfind(b"\n") + 1):
-                    cuts.append((size + end, lines + chunk.count(b"\n", 0, end) + 1))
-                lines += chunk.count(b"\n")
+                    cuts.append((size + end, lines + newlines + 1))
+                lines += newlines
                 size += len(chunk)
                 sha.update(chunk)
     except io.READ_ERRORS as error:
@@ -379,7 +381,7 @@ def _blocks(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
             yield size + first, b"".join([*begun[:2], chunk[:first]])[:HEAD_BYTES]
             begun, start = [], first + 1
         if last >= start:
-            yield 0, b"".join([*begun, chunk[start:last]])
+            yield 0, b"".join([*begun, memoryview(chunk)[start:last]])
         begun, size = [chunk[last + 1 :]], len(chunk) - last - 1
     yield size if size > RECORD_BYTES else 0, b"".join(begun)
 

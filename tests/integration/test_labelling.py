@@ -1,0 +1,83 @@
+"""Labellers through the whole command: a reward model on real files, rules on mathematics whose answers are known."""
+
+import random
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import write_jsonl
+
+
+@pytest.fixture(scope="module")
+def reward_model(tiny_model, tmp_path_factory):
+    """A reward model with a random head over the tiny model."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(0)
+    where = tmp_path_factory.mktemp("reward") / "model"
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+    torch.nn.init.normal_(model.score.weight, std=0.2)
+    model.save_pretrained(where)
+    tokenizer.save_pretrained(where)
+    return where
+
+
+def rows_of(directory):
+    return pq.ParquetDataset(sorted(map(str, (directory / "data").iterdir()))).read().to_pylist()
+
+
+@pytest.mark.real_data
+def test_demonstrations_scored_by_a_reward_model_on_one_and_on_two_workers(una, real_data, reward_model, tmp_path):
+    path = real_data / "llama_factory" / "alpaca_en_demo.json"
+    assert una("ingest", path, "--output", tmp_path / "rows").returncode == 0
+    two = ("--direct_num_workers", "2", "--direct_running_mode", "multi_processing")
+    for name, flags in (("one", ()), ("two", two)):
+        cache = ("--cache", tmp_path / f"cache-{name}")
+        done = una("label", tmp_path / "rows", "--labeller", f"reward-model:model={reward_model},max_length=1000",
+                   "--output", tmp_path / name, "--max-rejected", "0.05", *cache, *flags, "--json")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert (
+            done.json["inputs"]
+            == 999
+            == done.json["accepted"] + sum(done.json["rejected"].values()) + done.json["duplicates"]
+        )
+    rows = rows_of(tmp_path / "one")
+    assert {row["type"] for row in rows} == {"scalar"}
+    assert all(0 <= row["reward"] <= 1 and row["labeller"].startswith("model:") for row in rows)
+    assert len({row["raw_reward"] for row in rows}) > 0.9 * len(rows)
+    assert rows_of(tmp_path / "two") == rows
+
+
+@pytest.mark.real_data
+def test_agreement_with_the_labels_of_rows_that_people_judged(una, real_data, reward_model, tmp_path):
+    path = real_data / "llama_factory" / "kto_en_demo.json"
+    assert una("ingest", path, "--output", tmp_path / "rows").returncode == 0
+    done = una("label", tmp_path / "rows", "--labeller", f"reward-model:model={reward_model}", "--against", "all",
+               "--output", tmp_path / "out", "--max-rejected", "0.1", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (told,) = done.json["statistics"]["labels"]["told"].values()
+    (of_source,) = told.values()
+    assert of_source["against"]["n"] >= 270
+    assert -1 <= of_source["against"]["kendall"] <= 1
+
+
+def test_mathematics_with_known_answers_by_a_rule(una, tmp_path):
+    rng = random.Random(0)
+    records, right = [], []
+    for i in range(200):
+        a, b = rng.randrange(2, 99), rng.randrange(2, 99)
+        right.append(rng.random() < 0.5)
+        said = f"\\frac{{{2 * a * b}}}{{2}}" if right[-1] else str(a * b + 1)
+        records.append({"question": f"What is {a} times {b}? (task {i})", "said": f"So it is \\boxed{{{said}}}.",
+                        "solution": str(a * b)})  # fmt: skip
+    mapping = "prompt: question\nresponse: said\nunlabelled: true\nmetadata: {answer: solution}\n"
+    (tmp_path / "m.yaml").write_text(mapping)
+    path = write_jsonl(tmp_path / "tasks.jsonl", records)
+    done = una("ingest", path, "--mapping", tmp_path / "m.yaml", "--output", tmp_path / "rows")
+    assert done.returncode == 0, done.stderr
+    done = una("label", tmp_path / "rows", "--labeller", "math:answer=answer", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    rewards = {row["prompt"][0]["content"]: row["reward"] for row in rows_of(tmp_path / "out")}
+    assert [rewards[r["question"]] for r in records] == [float(one) for one in right]
