@@ -57,10 +57,10 @@ def test_agreement_with_the_labels_of_rows_that_people_judged(una, real_data, re
     done = una("label", tmp_path / "rows", "--labeller", f"reward-model:model={reward_model}", "--against", "all",
                "--output", tmp_path / "out", "--max-rejected", "0.1", "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (told,) = done.json["statistics"]["labels"]["told"].values()
-    (of_source,) = told.values()
-    assert of_source["against"]["n"] >= 270
-    assert -1 <= of_source["against"]["kendall"] <= 1
+    ((of_source,),) = (told.values() for told in done.json["statistics"]["labels"]["labellers"].values())
+    assert of_source["agreement"]["items"] >= 270
+    assert -1 <= of_source["agreement"]["kendall"] <= 1
+    assert 0 <= of_source["agreement"]["ece"] <= 1
 
 
 def test_mathematics_with_known_answers_by_a_rule(una, tmp_path):
@@ -72,7 +72,7 @@ def test_mathematics_with_known_answers_by_a_rule(una, tmp_path):
         said = f"\\frac{{{2 * a * b}}}{{2}}" if right[-1] else str(a * b + 1)
         records.append({"question": f"What is {a} times {b}? (task {i})", "said": f"So it is \\boxed{{{said}}}.",
                         "solution": str(a * b)})  # fmt: skip
-    mapping = "prompt: question\nresponse: said\nunlabelled: true\nmetadata: {answer: solution}\n"
+    mapping = "prompt: question\ndemonstration: said\nmetadata: {answer: solution}\n"
     (tmp_path / "m.yaml").write_text(mapping)
     path = write_jsonl(tmp_path / "tasks.jsonl", records)
     done = una("ingest", path, "--mapping", tmp_path / "m.yaml", "--output", tmp_path / "rows")
