@@ -340,7 +340,7 @@ def _columns(block: bytes, names: Sequence[str]) -> tuple[list[pa.Array], list[i
         return None
     if table.num_rows != len(ends) or table.schema.names != list(names):
         return None
-    return [column.combine_chunks() for column in table.columns], ends
+    return [column.chunk(0) for column in table.columns], ends  # it was read as one block
 
 
 def _objects(block: bytes) -> list[int]:
