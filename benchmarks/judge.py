@@ -1,6 +1,6 @@
 """Throughput of the judge's client: against asking one row after the other, and against the server's own limit.
 
-    python benchmarks/judge.py [--latency 0.05] [--concurrency 32] [--rows 2000] [--json]
+    python benchmarks/judge.py [--latency 0.2] [--concurrency 32] [--rows 1000] [--json]
 
 The server runs in a process of its own: it answers any call after a fixed latency, at most `concurrency` at a time, so
 its limit is concurrency / latency. Everything the labeller does is counted: rendering, the cache, parsing.
@@ -29,9 +29,9 @@ ANSWER = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--latency", type=float, default=0.05, help="seconds the server takes for a call (0.05)")
+    parser.add_argument("--latency", type=float, default=0.2, help="seconds the server takes for a call (0.2)")
     parser.add_argument("--concurrency", type=int, default=32, help="calls at a time, of client and server (32)")
-    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

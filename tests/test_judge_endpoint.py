@@ -340,6 +340,7 @@ def test_a_caller_that_stops_early_ends_the_calls(cache):
         outcomes = judge.load(settings(server.url, concurrency=2), cache)(items(200))
         next(outcomes)
         outcomes.close()
+        time.sleep(0.1)  # for what was sent already
         after = len(server.calls)
         time.sleep(0.3)
         assert len(server.calls) == after < 20

@@ -153,8 +153,7 @@ class Endpoint:
         thread = threading.Thread(target=_drive, args=(loop, task), daemon=True)
         thread.start()
         try:
-            for _ in bodies:
-                answer = answers.get()
+            while (answer := answers.get()) is not None:
                 if isinstance(answer, Exception):
                     raise answer
                 yield answer
@@ -186,6 +185,7 @@ class Endpoint:
                     workers.create_task(work())
             if time.monotonic() - start > PROGRESS:
                 self._say(done[0], len(bodies), time.monotonic() - start)
+            put(None)
         except* Exception as errors:
             first = min(errors.exceptions, key=lambda error: not isinstance(error, UserError))
             self._stopped = first if isinstance(first, UserError) else None
