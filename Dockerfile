@@ -1,4 +1,4 @@
-# docker build --target pipelines -t una-pipelines .   ingest, reference (vLLM) and publish
+# docker build --target pipelines -t una-pipelines .   all stages up to publish, with vLLM
 # docker build --target train     -t una-train .       the trainer: no Beam, no vLLM
 FROM python:3.11-slim AS base
 RUN apt-get update && apt-get install -y --no-install-recommends build-essential && rm -rf /var/lib/apt/lists/*
@@ -10,7 +10,7 @@ COPY una_train una_train
 ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
 
 FROM base AS pipelines
-RUN pip install --constraint constraints-gpu.txt ".[pipelines,vllm]"
+RUN pip install --constraint constraints-gpu.txt ".[pipelines,filters,rules,judge,s3,vllm]"
 ENTRYPOINT ["una"]
 
 FROM base AS train
