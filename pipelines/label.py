@@ -171,7 +171,8 @@ class Ask(beam.DoFn):
         given = [by_unit(made, of, voice, self.how) for of, voice in zip(found, self.how.voices, strict=True)]
         parts = samples(rows, made, raw_scores(given), self.how.asking.pairs, self.how.asking.against)
         lost = sum(isinstance(outcome, Reject) for of in found for outcome in of)
-        log.info("%s: %d rows scored by %d labellers, %d scores lacking", path, rows.num_rows, len(found), lost)
+        where = f"{io.name(address.path)} from row {address.first}"
+        log.info("%s: %d rows, %d labellers, %d scores lacking", where, rows.num_rows, len(found), lost)
         yield {
             "address": address,
             "scores": path,
@@ -715,7 +716,7 @@ def _line(of: dict[str, Any]) -> str:
 
 
 def _agreement(of: dict[str, Any]) -> str:
-    """Agreement with people, where they said something."""
+    """Agreement with the labels that scores are compared with, where there are any."""
     agreement = of.get("agreement") or {}
     names = {"accuracy": "accuracy on {comparisons} comparisons", "kendall": "Kendall {items} items", "ece": "ECE"}
     told = [
@@ -723,4 +724,4 @@ def _agreement(of: dict[str, Any]) -> str:
         for key, label in names.items()
         if agreement.get(key) is not None
     ]
-    return f"; with people: {', '.join(told)}" if told else ""
+    return f"; against earlier labels: {', '.join(told)}" if told else ""
