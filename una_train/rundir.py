@@ -94,10 +94,9 @@ def check(output: Path, overwrite: bool, resume: bool, inputs: Sequence[Path] = 
     if before["final"] is not None:
         raise UserError(f"{output}: holds a complete run; --overwrite replaces it")
     if not resume:
-        raise UserError(
-            f"{output}: holds an unfinished run ({len(_checkpoints(output))} checkpoints); "
-            "continue it with --resume if it has any, or replace it with --overwrite"
-        )
+        checkpoints = len(_checkpoints(output))
+        cure = "continue it with --resume, or replace it with --overwrite" if checkpoints else "--overwrite replaces it"
+        raise UserError(f"{output}: holds an unfinished run ({checkpoints} checkpoints); {cure}")
 
 
 @contextmanager
