@@ -12,13 +12,12 @@ from schemas.errors import UsageError
 class _Loader(yaml.SafeLoader):
     """PyYAML follows YAML 1.1, where a number with an exponent needs a dot."""
 
-    # not SafeLoader's, in which other libraries change what a date is
-    yaml_constructors = yaml.constructor.SafeConstructor.yaml_constructors.copy()
-
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+# other libraries change for everybody what becomes of a date
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_timestamp)  # type: ignore[type-var]
 
 
 def parse(text: str, where: str) -> Any:
