@@ -37,4 +37,11 @@ def _silent(run: Command) -> Command:
 
 
 if __name__ == "__main__":
-    sys.exit(main(train.add_arguments, train.command))
+    code = main(train.add_arguments, train.command)
+    if (
+        os.environ.get("WORLD_SIZE", "1") != "1"
+    ):  # all is written: threads of the process group abort a Python that ends
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
