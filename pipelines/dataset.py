@@ -129,6 +129,11 @@ def _discard(stage: str) -> None:
         log.warning("%s; the next run to this output deletes what is left in %s", error, stage)
 
 
+def part_name(index: Iterable[int]) -> str:
+    """What the part files of a unit of work are called; `index` orders the units."""
+    return "-".join(f"{i:06d}" for i in index)
+
+
 def result(index: list[int], *, split: str = "train") -> Result:
     """An empty report of one unit of work; `index` orders the units."""
     return {
@@ -146,7 +151,6 @@ def result(index: list[int], *, split: str = "train") -> Result:
         "waiting": None,
         "pieces": [],
         "spreads": {},
-        "agreement": {},
     }
 
 

@@ -56,7 +56,7 @@ def convert_range(
     """
     index, of, source = work
     report = dataset.result(index)
-    path = f"{stage}/parts/{_name(index)}"
+    path = f"{stage}/parts/{dataset.part_name(index)}"
     out = _Output(source, policy, report, path, facts, how or Settling(), shards, seed)
     counting = touched.set(report["touched"])
     try:
@@ -76,10 +76,6 @@ def convert_range(
     assert lost == 0, f"{of.path}: {lost} records are neither accepted nor rejected"
     log.info("%s: %d records, %d rejected", of.path, report["inputs"], sum(report["rejected"].values()))
     return report
-
-
-def _name(index: list[int]) -> str:
-    return "-".join(f"{i:06d}" for i in index)
 
 
 class _Output:
@@ -191,7 +187,9 @@ def judge_shard(
 ) -> dict[str, Any]:
     """Decide on the labels of some prompts, in the order of the input; where the verdicts on each range are."""
     number, pieces = item
-    names, tables = zip(*((_name(index), io.read_scratch(path)) for index, path in sorted(pieces)), strict=True)
+    names, tables = zip(
+        *((dataset.part_name(index), io.read_scratch(path)) for index, path in sorted(pieces)), strict=True
+    )
     labels = pa.concat_tables(tables)
     verdicts, touched, agreement = settle.judge(labels, how, scales)
     of_range = np.repeat(np.arange(len(names)), [t.num_rows for t in tables])[verdicts["at"].to_numpy()]
@@ -331,7 +329,7 @@ def _pieces(report: dataset.Result) -> Iterator[tuple[int, tuple[list[int], str]
 
 def _waiting(report: dataset.Result) -> Iterator[tuple[str, str]]:
     if report["waiting"]:
-        yield _name(report["index"]), report["waiting"]
+        yield dataset.part_name(report["index"]), report["waiting"]
 
 
 def _places(judged: dict[str, Any]) -> Iterator[tuple[str, Place]]:

@@ -34,7 +34,7 @@ from pipelines.labellers.combine import COMBINE, NEED, by_name, disagreement
 from pipelines.labellers.combine import check as check_combination
 from pipelines.labellers.rows import AGAINST, PAIRS, Asking, Plan, Relabelled, Scored, plan, relabelled, samples
 from pipelines.labellers.sample import Ensemble, Found
-from pipelines.reference import Address, addresses
+from pipelines.reference import Address, addresses, read
 from schemas.command import did_you_mean, share, weights
 from schemas.errors import Reject, UsageError, UserError
 from schemas.feedback import REJECTED, check
@@ -166,7 +166,7 @@ class Ask(beam.DoFn):
             outcomes(label, _items(made, voice, self.how), voice)
             for label, voice in zip(self.labellers, self.how.voices, strict=True)
         ]
-        path = f"{self.stage}/parts/{_name(address)}.scores.arrow"
+        path = f"{self.stage}/parts/{dataset.part_name(address.index)}.scores.arrow"
         _write_scores(path, found)
         given = [by_unit(made, of, voice, self.how) for of, voice in zip(found, self.how.voices, strict=True)]
         parts = samples(rows, made, raw_scores(given), self.how.asking.pairs, self.how.asking.against)
@@ -178,19 +178,6 @@ class Ask(beam.DoFn):
             "scores": path,
             "found": {source: sample.found_in(*both) for source, both in parts.items()},
         }
-
-
-def read(address: Address, schema: pa.Schema) -> pa.Table:
-    """The rows of a chunk."""
-    with io.open_parquet(address.path) as file:
-        rows = file.read_row_group(address.group).slice(address.start, address.stop - address.start)
-    rows = rows.cast(schema).replace_schema_metadata(None).combine_chunks()
-    check(rows, scored="ref_logps" in schema.names)
-    return rows
-
-
-def _name(address: Address) -> str:
-    return "-".join(f"{i:06d}" for i in address.index)
 
 
 def _items(made: Plan, voice: Voice, how: Labelling) -> list[Item]:
@@ -287,8 +274,8 @@ def write(
     result["inputs"], result["accepted"], result["duplicates"] = rows.num_rows, new.accepted, new.duplicates
     result["touched"] = _touched(rows, made, new)
     result["told"] = told_of(rows, made, given, how)
-    data = io.PartWriter(f"{stage}/parts/{_name(address)}.data.parquet", schema, facts)
-    rejects = io.PartWriter(f"{stage}/parts/{_name(address)}.rejected.parquet", REJECTED)
+    data = io.PartWriter(f"{stage}/parts/{dataset.part_name(address.index)}.data.parquet", schema, facts)
+    rejects = io.PartWriter(f"{stage}/parts/{dataset.part_name(address.index)}.rejected.parquet", REJECTED)
     if new.rows.num_rows:
         check(new.rows, scored="ref_logps" in schema.names)
         data.write(new.rows)

@@ -87,6 +87,15 @@ def _cuts(ids: Sequence[str | None], rows: int) -> list[int]:
     return cuts
 
 
+def read(address: Address, schema: pa.Schema) -> pa.Table:
+    """The rows of a chunk."""
+    with io.open_parquet(address.path) as file:
+        rows = file.read_row_group(address.group).slice(address.start, address.stop - address.start)
+    rows = rows.cast(schema).replace_schema_metadata(None).combine_chunks()
+    check(rows, scored="ref_logps" in schema.names)
+    return rows
+
+
 class Render(beam.DoFn):
     """Address → Chunk with token ids; the tokenizer is loaded once per worker."""
 
@@ -97,10 +106,7 @@ class Render(beam.DoFn):
         self.renderer = render.load(self.model)
 
     def process(self, address: Address) -> Iterable[Chunk]:
-        with io.open_parquet(address.path) as file:
-            rows = file.read_row_group(address.group).slice(address.start, address.stop - address.start)
-        rows = rows.cast(FEEDBACK).replace_schema_metadata(None)
-        check(rows)
+        rows = read(address, FEEDBACK)
         chunk = Chunk(address, rows, [], [], [None] * rows.num_rows)
         columns = zip(rows["prompt"].to_pylist(), rows["response"].to_pylist(), strict=True)
         for i, (prompt, response) in enumerate(columns):
@@ -178,7 +184,7 @@ def score(chunk: Chunk, engine: engines.Engine) -> Chunk:
 
 def write(chunk: Chunk, *, stage: str, facts: dict[str, Any]) -> dataset.Result:
     """Write a chunk's part files and report what became of its rows."""
-    name = "-".join(f"{i:06d}" for i in chunk.address.index)
+    name = dataset.part_name(chunk.address.index)
     report = dataset.result(list(chunk.address.index), split=chunk.address.split)
     good = [i for i, why in enumerate(chunk.why) if why is None]
     data = io.PartWriter(f"{stage}/parts/{name}.data.parquet", SCORED, facts)
