@@ -9,7 +9,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import REPO, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from pipelines.converters.base import LeftOut, Policy
 from pipelines.converters.labels import annotator
 from pipelines.mapping import draft, joins, load, paths, shape
-from schemas import feedback
+from schemas import feedback, settings_file
 from schemas.errors import REASONS, Reject, UsageError, UserError
 
 EXAMPLES = sorted((REPO / "examples" / "mappings").glob("*.yaml"))
@@ -533,7 +532,8 @@ def test_errors_name_file_key_value_and_choices(tmp_path, text, said, in_schema)
     assert said in str(error.value)
     jsonschema = pytest.importorskip("jsonschema")
     if "not valid YAML" not in said:
-        spec = json.loads(json.dumps(_for_schema(yaml.safe_load(text)), default=lambda date: {"date": str(date)}))
+        spec = _for_schema(settings_file.parse(text, "m.yaml"))
+        spec = json.loads(json.dumps(spec, default=lambda date: {"date": str(date)}))
         assert jsonschema.Draft202012Validator(shape.SHAPE).is_valid(spec) != in_schema
 
 
@@ -640,7 +640,7 @@ def _blocks():
 
 @pytest.mark.parametrize("text", [*_blocks(), *(e.read_text("utf-8") for e in EXAMPLES)])
 def test_examples_and_documents_load(mapping, tmp_path, text):
-    for join in (yaml.safe_load(text).get("join") or {}).values():
+    for join in (settings_file.parse(text, "m.yaml").get("join") or {}).values():
         file = tmp_path / join["file"].replace("*", "1")
         write_jsonl(file, [{"question_id": 1, "answer_id": 1}])
     made = mapping(text)
@@ -648,7 +648,7 @@ def test_examples_and_documents_load(mapping, tmp_path, text):
     assert made.labels
     jsonschema = pytest.importorskip("jsonschema")
     jsonschema.Draft202012Validator.check_schema(shape.SHAPE)
-    jsonschema.validate(_for_schema(yaml.safe_load(text)), shape.SHAPE)
+    jsonschema.validate(_for_schema(settings_file.parse(text, "m.yaml")), shape.SHAPE)
 
 
 # --- properties --------------------------------------------------------------------------------
