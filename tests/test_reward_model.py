@@ -203,12 +203,18 @@ def test_a_model_of_pairs_is_asked_in_both_orders(make_model, tmp_path, outputs)
         assert found[i + len(pairs)].value == pytest.approx(1 - found[i].value, abs=1e-6)
 
 
-def test_scores_come_batch_by_batch_and_are_not_computed_twice(reward_dir, tmp_path, monkeypatch):
+@pytest.fixture
+def read(monkeypatch):
+    """How many rows the network was given in each of its batches."""
     read = []
     outputs = reward_model.TransformersNetwork.outputs
     monkeypatch.setattr(
         reward_model.TransformersNetwork, "outputs", lambda self, rows: (read.append(len(rows)), outputs(self, rows))[1]
     )
+    return read
+
+
+def test_scores_come_batch_by_batch_and_are_not_computed_twice(reward_dir, tmp_path, read):
     items = some_items(10)
     first, killed = next(coming := labeller(reward_dir, tmp_path, batch_tokens=1)(items))
     assert isinstance(killed, Score)
@@ -219,12 +225,7 @@ def test_scores_come_batch_by_batch_and_are_not_computed_twice(reward_dir, tmp_p
     assert again[first] == killed
 
 
-def test_what_is_there_twice_is_read_once_whatever_its_metadata(reward_dir, tmp_path, monkeypatch):
-    read = []
-    outputs = reward_model.TransformersNetwork.outputs
-    monkeypatch.setattr(
-        reward_model.TransformersNetwork, "outputs", lambda self, rows: (read.append(len(rows)), outputs(self, rows))[1]
-    )
+def test_what_is_there_twice_is_read_once_whatever_its_metadata(reward_dir, tmp_path, read):
     some = some_items(4)
     twice = [*some, *(Item(item.prompt, item.responses, {"number": i}) for i, item in enumerate(some))]
     found = values(labeller(reward_dir, tmp_path)(twice))
