@@ -87,7 +87,7 @@ def cached(
     """The labeller, asked only for what is not in the cache, and once for what is there twice.
 
     `label` gives outcomes in batches, and a batch is kept as a whole: what a killed run left lacking is then cut into
-    the same batches as before, and its scores are the same to the last bit. Rejections are not kept.
+    the same batches as before. Rejections are not kept.
     """
 
     def labelled(items: Sequence[Item]) -> Iterator[tuple[int, Outcome]]:
