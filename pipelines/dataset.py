@@ -108,14 +108,15 @@ def _lock(stage: str, output: str) -> None:
 
 
 @contextmanager
-def staged(stage: str) -> Iterator[None]:
-    """Around all that writes into a staging directory and commits it: at the end nothing is left of it."""
+def staged(stage: str, kept: bool = False) -> Iterator[None]:
+    """Around all that writes into a staging directory and commits it: at the end nothing is left of it, unless it is
+    `kept` for a job that starts later."""
     try:
         yield
     except BaseException:
         _discard(stage)
         raise
-    if io.is_remote(stage):  # a local one has become the output
+    if io.is_remote(stage) and not kept:  # a local one has become the output
         _discard(stage)
 
 

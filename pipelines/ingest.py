@@ -450,7 +450,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     if calibration:
         policies["calibration"] = {"from": io.name(args.calibration.rstrip("/")), "sources": sorted(calibration)}
     _tell_shared_names(sources)
-    beam.check(args.beam)
+    beam.check(args.beam, *args.paths, output)
     stage = dataset.prepare(output, args.overwrite)
     return beam.run_stage(
         lambda p: build(p, sources, converting, policies, stage, output, how, calibration),

@@ -197,7 +197,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     files = [path for directory, manifest in manifests.items() for path in dataset.data_files(directory, manifest)]
     of = plan(splits, sum(io.size(path) for path in files))
     output = args.output.rstrip("/")
-    check_flags(args.beam)
+    check_flags(args.beam, *args.directories, output)
     dataset.refuse(output, args.directories)
     stage = dataset.prepare(output, args.overwrite)
     policies = {**before.policies, "split": splits, "exact_duplicates": "remove"}
@@ -206,6 +206,6 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     manifest = before.next("publish", policies=policies)
     schema = dataset.schema_of(before)
     report = run_stage(lambda p: build(p, files, of, schema, manifest, stage, output), args.beam, stage, output)
-    if empty := set(splits) - set(report["splits"]):
+    if "template" not in report and (empty := set(splits) - set(report["splits"])):
         log.warning("%s: too few prompts, nothing fell into split %s", output, ", ".join(sorted(empty)))
     return report

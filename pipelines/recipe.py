@@ -15,11 +15,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipelines import cli, dataset, io, labellers, mapping, remote
+from pipelines import cli, dataset, io, labellers, mapping, models, remote
 from schemas import settings_file
 from schemas.command import did_you_mean
 from schemas.errors import UsageError
-from schemas.fingerprint import fingerprint, local_model
+from schemas.fingerprint import fingerprint
 from schemas.manifest import NAME, sha256
 
 log = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def _settings(section: Any) -> list[str]:
 
 
 def _model(name: str) -> dict[str, Any]:
-    return fingerprint(local_model(name), dtype="", engine="", engine_version="")
+    return fingerprint(models.local(name), dtype="", engine="", engine_version="")
 
 
 def _digest(value: Any) -> str:
@@ -217,6 +217,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> dict[str, Any]:
     """`una run`: returns what every stage returned, and whether it was skipped."""
+    if any(flag.startswith("--template_location") for flag in args.beam):
+        raise UsageError("--template_location: a template is of one stage; name it instead of a recipe")
     recipe = read(args.recipe, args.set)
     planned = [(stage, cli.parse(stage.name, stage.argv)) for stage in stages(recipe)]  # bad options fail here
     output = str(recipe["output"]).rstrip("/")

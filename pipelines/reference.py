@@ -20,13 +20,13 @@ import numpy as np
 import pyarrow as pa
 from apache_beam.ml.inference.base import ModelHandler, RunInference
 
-from pipelines import dataset, engines, io, render
-from pipelines.beam import across_processes, count, once, run_stage
+from pipelines import dataset, engines, gpu, io, models, render
+from pipelines.beam import across_processes, count, once, run_stage, shares_disk
 from pipelines.beam import check as check_flags
 from schemas.command import share
 from schemas.errors import Reject, UsageError, UserError
 from schemas.feedback import FEEDBACK, REFERENCE_COLUMNS, REJECTED, SCORED, check
-from schemas.fingerprint import fingerprint, local_model
+from schemas.fingerprint import fingerprint
 from schemas.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Render(beam.DoFn):
         self.model, self.max_length = model, max_length
 
     def setup(self) -> None:
-        self.renderer = render.load(self.model)
+        self.renderer = render.load(models.local(self.model))
 
     def process(self, address: Address) -> Iterable[Chunk]:
         rows = read(address, FEEDBACK)
@@ -228,17 +228,21 @@ def build(
     manifest: Manifest,
     stage: str,
     output: str,
+    hints: dict[str, str] | None = None,
 ) -> Any:
-    """Addresses → one chain of render, score and write → one commit."""
+    """Addresses → one chain of render, score and write, on machines with what `hints` say → one commit."""
     facts = {"stage": "reference", "policies": manifest.policies, "reference": manifest.reference}
+    chain = (
+        "render" >> beam.ParDo(renderer)
+        | "score" >> RunInference(scorer)
+        | "write" >> beam.Map(write, stage=stage, facts=facts)
+    )
     results = (
         pipeline
         | "files" >> beam.Create(list(enumerate(files)))
         | "addresses" >> beam.FlatMap(addresses)
         | "spread" >> beam.Reshuffle()
-        | "render" >> beam.ParDo(renderer)
-        | "score" >> RunInference(scorer)
-        | "write" >> beam.Map(write, stage=stage, facts=facts)
+        | "scoring" >> chain.with_resource_hints(**hints or {})
         | "count" >> beam.Map(count)
     )
     return once(pipeline, dataset.commit_all, results, manifest=manifest, stage=stage, output=output)
@@ -250,7 +254,7 @@ def build(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `una reference`."""
     parser.add_argument("directory", metavar="DIR", help="a dataset directory made by `una ingest`")
-    parser.add_argument("--model", required=True, help="the reference model: a directory, or a hub id")
+    parser.add_argument("--model", required=True, help="the reference model: a directory, a hub id, s3:// or gs://")
     parser.add_argument("--output", required=True, metavar="DIR", help="the dataset directory to write")
     parser.add_argument("--engine", choices=tuple(engines.ENGINES), default="transformers")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -258,6 +262,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length", type=int, metavar="N", help="reject rows of more tokens (default: 2048, or the model's limit)"
     )
+    gpu.add_arguments(parser)
     parser.add_argument("--max-rejected", type=share, default=0.01, metavar="SHARE")
     parser.add_argument("--overwrite", action="store_true", help="replace what --output holds")
 
@@ -270,12 +275,14 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     if args.batch_tokens < 1:
         raise UsageError(f"--batch-tokens {args.batch_tokens}: must be positive")
     files = dataset.data_files(args.directory, before)
-    model = str(local_model(args.model))
+    hints = gpu.hints(args)
+    args.beam = [*args.beam, *gpu.flags(args)]
+    output = args.output.rstrip("/")
+    check_flags(args.beam, args.directory, output)
+    model = str(models.local(args.model))
     mark = fingerprint(model, dtype=args.dtype, engine=args.engine, engine_version=engines.version(args.engine))
     longest = max_length(model, args.max_length, args.engine)
     render.load(model)  # a template that cannot work fails here, before any worker starts
-    output = args.output.rstrip("/")
-    check_flags(args.beam)
     dataset.refuse(output, [args.directory, model])
     stage = dataset.prepare(output, args.overwrite)
     manifest = before.next(
@@ -283,12 +290,13 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
         policies={**before.policies, "max_length": longest},
         reference={"model": args.model, **mark},
     )
+    theirs = model if shares_disk(args.beam) else args.model  # workers elsewhere fetch their own
     load = partial(
-        engines.load, args.engine, model, dtype=args.dtype, batch_tokens=args.batch_tokens, max_length=longest
+        engines.load, args.engine, theirs, dtype=args.dtype, batch_tokens=args.batch_tokens, max_length=longest
     )
     scorer = Scorer(load, across_processes=across_processes(args.beam))
     return run_stage(
-        lambda p: build(p, files, Render(model, longest), scorer, manifest, stage, output),
+        lambda p: build(p, files, Render(theirs, longest), scorer, manifest, stage, output, hints),
         args.beam,
         stage,
         output,

@@ -39,7 +39,7 @@ _VOCABULARIES = (
     "spiece.model",
 )
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 # these change when a model is merely saved again
 _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
 
@@ -57,7 +57,7 @@ def local_model(name: str | Path, revision: str | None = None) -> Path:
     except ImportError:
         raise UserError(f"{name}: no such directory (a hub id needs `pip install huggingface_hub`)") from None
     try:
-        return Path(huggingface_hub.snapshot_download(str(name), revision=revision, allow_patterns=_HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(str(name), revision=revision, allow_patterns=MODEL_FILES))
     except Exception as error:  # the hub raises a dozen kinds: offline, gated, unknown, proxy
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise UserError(

@@ -411,33 +411,25 @@ def test_what_is_not_on_the_hub(una, hub, path):
 # --- Google --------------------------------------------------------------------------------------
 
 
-def test_google_storage(una_here, tmp_path, monkeypatch):
-    pytest.importorskip("google.cloud.storage", reason="gs:// needs google-cloud-storage (the extra gcp)")
-    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcp-storage-emulator")
-    server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
-    server.start()
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server._api._httpd.server_port}")
-    try:
-        make_inputs(tmp_path / "in")
-        for name, data in files(tmp_path / "in").items():
-            io.write_whole(f"gs://bucket/in/{name}", data)
-        for root in (tmp_path, "gs://bucket"):
-            for line in (
-                f"ingest {root}/in/*.jsonl {root}/in/c.parquet --max-rejected 0.5 --output {root}/rows",
-                f"ingest {root}/in/e.csv --max-rejected 0.5 --overwrite --output {root}/rows",
-                f"view {root}/rows --as binary --output {root}/thumbs",
-            ):
-                code, _, err = una_here(*line.split())
-                assert code == 0, err
-        for name in ("rows", "thumbs"):
-            there = {path.removeprefix(f"gs://bucket/{name}/"): path for path in remote.below(f"gs://bucket/{name}")}
-            assert {name: io.open_raw(path).read() for name, path in there.items()} == files(tmp_path / name)
-        assert [path for path in remote.below("gs://bucket") if ".incomplete" in path] == []
-        for path, says in (("gs://none/x.jsonl", "no such bucket"), ("gs://bucket/*.none", "no file matches")):
-            code, _, err = una_here("inspect", path)
-            check_one_line(code, err, says)
-    finally:
-        server.stop()
+def test_google_storage(una_here, tmp_path, google_storage):
+    make_inputs(tmp_path / "in")
+    for name, data in files(tmp_path / "in").items():
+        io.write_whole(f"gs://bucket/in/{name}", data)
+    for root in (tmp_path, "gs://bucket"):
+        for line in (
+            f"ingest {root}/in/*.jsonl {root}/in/c.parquet --max-rejected 0.5 --output {root}/rows",
+            f"ingest {root}/in/e.csv --max-rejected 0.5 --overwrite --output {root}/rows",
+            f"view {root}/rows --as binary --output {root}/thumbs",
+        ):
+            code, _, err = una_here(*line.split())
+            assert code == 0, err
+    for name in ("rows", "thumbs"):
+        there = {path.removeprefix(f"gs://bucket/{name}/"): path for path in remote.below(f"gs://bucket/{name}")}
+        assert {name: io.open_raw(path).read() for name, path in there.items()} == files(tmp_path / name)
+    assert [path for path in remote.below("gs://bucket") if ".incomplete" in path] == []
+    for path, says in (("gs://none/x.jsonl", "no such bucket"), ("gs://bucket/*.none", "no file matches")):
+        code, _, err = una_here("inspect", path)
+        check_one_line(code, err, says)
 
 
 def test_google_storage_without_its_packages(una, tmp_path):

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pipelines import models
 from schemas.errors import UserError
 
 ENGINES = {"transformers": "pipelines.engines.transformers", "vllm": "pipelines.engines.vllm"}
@@ -24,6 +25,7 @@ class Engine(Protocol):
 
 def load(name: str, model: str, *, dtype: str, batch_tokens: int, max_length: int) -> Engine:
     """Load an engine by name; `max_length` is the longest prompt plus response it must take, in tokens."""
+    model = str(models.local(model))
     return import_module(ENGINES[name]).load(model, dtype=dtype, batch_tokens=batch_tokens, max_length=max_length)
 
 
