@@ -379,11 +379,12 @@ def build(
     hints: dict[str, str] | None = None,
 ) -> Any:
     """Addresses → scratch files of raw scores → statistics → rows with rewards → one commit."""
+    chunk = dataset.chunk_rows(CHUNK_ROWS, manifest.inputs)
     facts = {"stage": "label", "policies": manifest.policies, "reference": manifest.reference}
     asked = (
         pipeline
         | "files" >> beam.Create(list(enumerate(files)))
-        | "addresses" >> beam.FlatMap(addresses, rows=CHUNK_ROWS, together="prompt_id")
+        | "addresses" >> beam.FlatMap(addresses, rows=chunk, together="prompt_id")
         | "spread" >> beam.Reshuffle()
         | "ask" >> beam.ParDo(Ask(how, loader, schema, stage)).with_resource_hints(**hints or {})
     )

@@ -64,7 +64,7 @@ class Chunk:
 # --- reading and rendering -----------------------------------------------------------------------
 
 
-def addresses(item: tuple[int, str], rows: int = CHUNK_ROWS, together: str = "comparison_id") -> Iterator[Address]:
+def addresses(item: tuple[int, str], rows: int, together: str = "comparison_id") -> Iterator[Address]:
     """Chunks of about `rows` rows of a data file; rows that follow each other and share `together` are never parted."""
     i, path = item
     first = 1
@@ -240,7 +240,7 @@ def build(
     results = (
         pipeline
         | "files" >> beam.Create(list(enumerate(files)))
-        | "addresses" >> beam.FlatMap(addresses)
+        | "addresses" >> beam.FlatMap(addresses, rows=dataset.chunk_rows(CHUNK_ROWS, manifest.inputs))
         | "spread" >> beam.Reshuffle()
         | "scoring" >> chain.with_resource_hints(**hints or {})
         | "count" >> beam.Map(count)

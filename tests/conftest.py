@@ -155,7 +155,7 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def google_storage() -> Iterator[str]:
-    """The address of a server that speaks Google's storage, with one bucket named `bucket`; skips where there is none."""
+    """The address of a server that speaks Google's storage, with one bucket, `bucket`; skips without it."""
     pytest.importorskip("google.cloud.storage", reason="gs:// needs google-cloud-storage (the extra gcp)")
     emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcp-storage-emulator")
     server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")

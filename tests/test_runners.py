@@ -23,8 +23,8 @@ from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.portability.fn_api_runner import fn_runner
 from conftest import REPO, write_jsonl
 
-from pipelines import dataset, gpu, io, remote
 from pipelines import beam as una_beam
+from pipelines import dataset, gpu, io, remote
 from pipelines.cli import parse
 from pipelines.converters import Policy
 from pipelines.ingest import Source, build
