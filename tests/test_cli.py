@@ -137,3 +137,5 @@ def test_tables_of_the_documents_are_up_to_date():
     for path in (REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))):
         text = path.read_text("utf-8")
         assert generate.generate(text) == text, f"{path.name}: run `python docs/generate.py`"
+    for name, made in generate.FILES.items():
+        assert (REPO / name).read_text("utf-8") == made(), f"{name}: run `python docs/generate.py`"

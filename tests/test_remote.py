@@ -3,10 +3,12 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openpyxl
 import pyarrow as pa
@@ -15,7 +17,7 @@ import pytest
 import yaml
 from conftest import MOTO, REPO, served, write_jsonl
 
-from pipelines import io, remote
+from pipelines import io, models, remote
 from schemas.errors import UserError
 
 
@@ -337,6 +339,36 @@ def test_what_cannot_be_copied_is_an_error(bucket):
     bucket.put("a", b"1")
     with pytest.raises(UserError, match="no such bucket or object"):
         remote.copy({f"{bucket.url}/a": f"{bucket.url}/b", f"{bucket.url}/gone": f"{bucket.url}/c"})
+
+
+def test_a_model_in_a_store_is_copied_once(bucket, tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setenv("UNA_MODELS", str(tmp_path / "models"))
+    bucket.put_all(tiny_model, "model")
+    bucket.put("model/original/weights.safetensors", b"not of the model")
+    bucket.put("model/weights.gguf", b"nor this")
+    there = models.local(f"{bucket.url}/model/")
+    assert files(there) == {name: data for name, data in files(tiny_model).items() if "/" not in name}
+    stamps = {path: path.stat().st_mtime_ns for path in there.iterdir()}
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(models.local, [f"{bucket.url}/model"] * 8)) == {there}
+    assert {path: path.stat().st_mtime_ns for path in there.iterdir()} == stamps
+    bucket.put("model/config.json", (tiny_model / "config.json").read_bytes() + b" ")
+    changed = models.local(f"{bucket.url}/model")
+    assert changed != there
+    shutil.rmtree(changed)
+    (changed.parent / f"{changed.name}.partial").mkdir()  # as a process that was killed leaves it
+    (changed.parent / f"{changed.name}.partial/half.safetensors").write_bytes(b"1")
+    assert not (models.local(f"{bucket.url}/model") / "half.safetensors").exists()
+    with pytest.raises(UserError, match="no model here"):
+        models.local(f"{bucket.url}/none")
+    assert models.local(tiny_model) == tiny_model
+
+
+def test_a_commit_of_many_files_copies_them_all(bucket):
+    for i in range(100):
+        bucket.put(f"parts/{i}", str(i).encode())
+    remote.copy({f"{bucket.url}/parts/{i}": f"{bucket.url}/data/{i}" for i in range(100)})
+    assert stored(bucket, "data") == {str(i): str(i).encode() for i in range(100)}
 
 
 # --- recipes -------------------------------------------------------------------------------------

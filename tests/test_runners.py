@@ -271,7 +271,7 @@ def test_the_job_that_dataflow_gets_runs(google, una_here, one):
     [
         ([*GOOGLE, *TEMPLATE], "--sdk_container_image"),
         ([*GOOGLE[:2], *GOOGLE[3:], *IMAGE, *TEMPLATE], "region"),
-        ([*GOOGLE, *IMAGE, *TEMPLATE, "--accelerator", "l4"], "did you mean 'nvidia-l4'?"),
+        ([*GOOGLE, *IMAGE, *TEMPLATE, "--accelerator", "l4"], "nvidia-l4, nvidia-tesla-a100"),
         ([*GOOGLE, *IMAGE, *TEMPLATE, *GPU[:2], "--accelerator-count", "3"], "1, 2, 4, 8 or 16"),
         ([*GOOGLE, *IMAGE, *TEMPLATE, *GPU[:2], "--min-ram", "48"], "must look like 48GB"),
         ([*GOOGLE, *IMAGE, *TEMPLATE, "--accelerator-count", "2"], "Name it with --accelerator"),

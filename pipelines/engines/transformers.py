@@ -4,6 +4,7 @@ B batch, T tokens of the longest row, N response tokens in the batch, V vocabula
 the positions that predict response tokens, so a batch needs N×V floats and not B×T×V.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -33,6 +34,7 @@ class TransformersEngine:
         self.model, self.budget = model.eval(), budget
         self.version = f"transformers {transformers.__version__}"
         self._keep: torch.Tensor | None = None  # [B, T] positions whose logits are wanted
+        self._lock = threading.Lock()  # threads of a worker share the model, and with it what is kept
         model.get_output_embeddings().register_forward_pre_hook(self._select)  # type: ignore[operator]
 
     def _select(self, _: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -43,7 +45,8 @@ class TransformersEngine:
     def score(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[np.ndarray]:
         scored: list[np.ndarray] = [np.empty(0, np.float32)] * len(prompts)
         for batch in batches([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], self.budget):
-            logps = self._batch([prompts[i] for i in batch], [responses[i] for i in batch])
+            with self._lock:
+                logps = self._batch([prompts[i] for i in batch], [responses[i] for i in batch])
             for i, values in zip(batch, logps, strict=True):
                 scored[i] = values
         return scored
