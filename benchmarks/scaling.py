@@ -4,9 +4,9 @@
     python benchmarks/scaling.py --measure [--json] the rates of one core of this machine, which `RATES` holds
     python benchmarks/scaling.py --gpu nvidia-l4 --model Llama-3.1-8B --rows 1e8 --workers 64 --price 0.35 --tokens 800
 
-Nothing here is typed twice: `python docs/generate.py` writes these tables into the documents. What cannot be computed is
-a constant below, with its unit: replace prices by yours. Tokens per second of a GPU follow from its peak (`MFU` of it is
-reached) and from the bytes that log-probs of a vocabulary move; measure one machine and give --tokens-per-second.
+Nothing here is typed twice: `python docs/generate.py` writes these tables into the documents. What cannot be computed
+is a constant below, with its unit: replace prices by yours. Tokens per second of a GPU follow from its peak, of which
+`MFU` is reached, and from the bytes that log-probs of a vocabulary move; or give --tokens-per-second of one machine.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def logprob_peak(model: Model, tokens: int) -> int:
 
 
 def most_tokens(model: Model, gpu: Gpu, count: int) -> int:
-    """Tokens that can be scheduled at once on `count` GPUs by tensor parallelism: every one holds all their log-probs."""
+    """Tokens that `count` GPUs can schedule at once by tensor parallelism: every one holds all their log-probs."""
     free = USABLE * gpu.memory - OVERHEAD - model.weights / count
     return max(0, int(free / (model.kv / count + model.vocabulary * LOGPROB_BYTES)))
 

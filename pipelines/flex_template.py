@@ -83,6 +83,7 @@ def arguments(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # this directory, whose modules are named like others
     from pipelines.cli import main
 
     sys.exit(main(arguments(sys.argv[1:])))

@@ -5,7 +5,10 @@ No image is built here; what can go out of step is compared.
 
 import importlib.metadata
 import json
+import os
 import re
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -140,3 +143,16 @@ def test_the_launchers_arguments_are_those_of_the_command():
     assert (parsed.overwrite, parsed.min_ram, parsed.accelerator) == (False, "32GB", "nvidia-l4")
     assert parsed.beam == beams
     assert cli.parse("reference", flex_template.arguments(as_launched(overwrite="true"))[1:]).overwrite
+
+
+def test_the_launchers_file_is_a_program(tmp_path):
+    argv = [
+        sys.executable,
+        REPO / "pipelines/flex_template.py",
+        *as_launched(input=tmp_path),
+        "--runner=DataflowRunner",
+    ]
+    argv += ["--project=p-1", "--region=r", "--temp_location=gs://b/t", "--sdk_container_image=i/i:1"]
+    env = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, f"una: error: {tmp_path}: no manifest.json" in done.stderr) == (1, True), done.stderr

@@ -446,8 +446,8 @@ def test_what_is_not_on_the_hub(una, hub, path):
 def test_google_storage(una_here, tmp_path, google_storage):
     make_inputs(tmp_path / "in")
     for name, data in files(tmp_path / "in").items():
-        io.write_whole(f"gs://bucket/in/{name}", data)
-    for root in (tmp_path, "gs://bucket"):
+        io.write_whole(f"gs://bucket/stores/in/{name}", data)
+    for root in (tmp_path, "gs://bucket/stores"):
         for line in (
             f"ingest {root}/in/*.jsonl {root}/in/c.parquet --max-rejected 0.5 --output {root}/rows",
             f"ingest {root}/in/e.csv --max-rejected 0.5 --overwrite --output {root}/rows",
@@ -456,9 +456,12 @@ def test_google_storage(una_here, tmp_path, google_storage):
             code, _, err = una_here(*line.split())
             assert code == 0, err
     for name in ("rows", "thumbs"):
-        there = {path.removeprefix(f"gs://bucket/{name}/"): path for path in remote.below(f"gs://bucket/{name}")}
+        there = {
+            path.removeprefix(f"gs://bucket/stores/{name}/"): path
+            for path in remote.below(f"gs://bucket/stores/{name}")
+        }
         assert {name: io.open_raw(path).read() for name, path in there.items()} == files(tmp_path / name)
-    assert [path for path in remote.below("gs://bucket") if ".incomplete" in path] == []
+    assert [path for path in remote.below("gs://bucket/stores") if ".incomplete" in path] == []
     for path, says in (("gs://none/x.jsonl", "no such bucket"), ("gs://bucket/*.none", "no file matches")):
         code, _, err = una_here("inspect", path)
         check_one_line(code, err, says)
