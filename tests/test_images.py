@@ -155,4 +155,6 @@ def test_the_launchers_file_is_a_program(tmp_path):
     argv += ["--project=p-1", "--region=r", "--temp_location=gs://b/t", "--sdk_container_image=i/i:1"]
     env = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert (done.returncode, f"una reference: error: {tmp_path}: no manifest.json" in done.stderr) == (1, True), done.stderr
+    assert (done.returncode, f"una reference: error: {tmp_path}: no manifest.json" in done.stderr) == (1, True), (
+        done.stderr
+    )
