@@ -22,9 +22,8 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
-from apache_beam.ml.inference.base import ModelHandler, RunInference
-
 from apache_beam.metrics import Metrics
+from apache_beam.ml.inference.base import ModelHandler, RunInference
 from apache_beam.utils.multi_process_shared import MultiProcessShared
 from apache_beam.utils.shared import Shared
 
@@ -435,7 +434,7 @@ def build(
 
 def commit(results: list[dataset.Result], checked: list[Any], *, manifest: Manifest, stage: str, output: str) -> None:
     """Commit the stage, with what became of rows in scoring and what parity said in the manifest's statistics."""
-    counts = sum((r["scoring"] for r in results), Counter())
+    counts: Counter[str] = sum((r["scoring"] for r in results), Counter())
     names = ("computed", "reused", "repeated")
     statistics = {**manifest.statistics, "scoring": {n: counts[n] for n in names}, "parity": checked[0]}
     manifest.statistics = statistics
@@ -601,7 +600,8 @@ def tell(report: dict[str, Any]) -> None:
     if checked:
         print(
             f"parity on {checked['rows']} rows: |Δ| mean {checked['mean']:g}, max {checked['max']:g} nats per token "
-            f"(tolerance {checked['tolerance']:g}), {checked['sequence_mean']:g} and {checked['sequence_max']:g} per response"
+            f"(tolerance {checked['tolerance']:g}), per response {checked['sequence_mean']:g} and "
+            f"{checked['sequence_max']:g}"
         )
 
 

@@ -42,8 +42,10 @@ class Layout:
     spans: list[list[tuple[int, int]]]  # of each prompt: where its own tokens are, and those of each response
 
     def to(self, device: torch.device) -> "Layout":
-        moved = (x.to(device, non_blocking=True) for x in (self.positions, self.prompt, self.branch))
-        return Layout(*moved, self.spans)
+        positions, prompt, branch = (
+            x.to(device, non_blocking=True) for x in (self.positions, self.prompt, self.branch)
+        )
+        return Layout(positions, prompt, branch, self.spans)
 
     def visible(self, query: Tensor, key: Tensor) -> Tensor:
         """Whether two tokens are on one path, and the key does not come after the query."""

@@ -1,6 +1,7 @@
 """Engines that compute response log-probs under the reference model; each module has the same `load`."""
 
 import importlib.metadata
+import importlib.util
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol
@@ -73,6 +74,8 @@ def options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
             raise UsageError(f"--{key.replace('_', '-')}: engine {name} has no such option; it goes with {others}")
     if name == "server" and not given["server"]:
         raise UsageError("--engine server: give the server's address with --server http://HOST:PORT/v1")
+    if name == "server" and not importlib.util.find_spec("aiohttp"):
+        raise UserError("--engine server: needs aiohttp, of the extra `judge`; see Installation in the README")
     return asked
 
 

@@ -120,11 +120,11 @@ class TransformersEngine:
     def _batch(self, prompts: list[list[int]], responses: list[list[int]]) -> list[np.ndarray]:
         """Log-probs of rows in one forward pass; rows of one prompt must be adjacent to share it."""
         inputs, predicts, layout = (self._pack if self.packed else self._pad)(prompts, responses)
-        inputs = {name: value.to(self.device) for name, value in inputs.items()} | {"use_cache": False}
+        given: dict[str, Any] = {name: value.to(self.device) for name, value in inputs.items()} | {"use_cache": False}
         where = torch.from_numpy(predicts).to(self.device)
         targets = torch.tensor([token for response in responses for token in response], device=self.device)
         with packing.packed(layout) if layout else _as_it_is():
-            logps = self._streamed(inputs, where, targets) if self.streamed else self._plain(inputs, where, targets)
+            logps = self._streamed(given, where, targets) if self.streamed else self._plain(given, where, targets)
         return np.split(logps.cpu().numpy(), np.cumsum([len(r) for r in responses])[:-1])
 
     def _pack(self, prompts: list[list[int]], responses: list[list[int]]) -> tuple[dict[str, torch.Tensor], Any, Any]:

@@ -192,7 +192,7 @@ def load(
 
 
 def _memory(model: str, dtype: str, max_length: int, devices: int, gpu: bool) -> dict[str, int]:
-    """What `sized` is told, of one device: bytes there are and are free, and those of weights and of a small KV cache."""
+    """What `sized` is told, of one device: bytes in all and free, and those of weights and of a small KV cache."""
     import torch
     from transformers import AutoConfig
 
