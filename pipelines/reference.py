@@ -339,7 +339,7 @@ def sampled(files: list[str], rows: int) -> list[Address]:
     places = min(SAMPLE_PLACES, rows)
     each = -(-rows // places)
     for k in range(places):
-        at = (k + 0.5) / places * len(files)
+        at = k / places * len(files)
         path = files[int(at)]
         with io.open_parquet(path) as file:
             sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
