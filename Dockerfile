@@ -7,6 +7,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends build-essential
 WORKDIR /opt/una
 COPY constraints.txt constraints-gpu.txt pyproject.toml README.md LICENSE ./
 COPY schemas schemas
+COPY scoring scoring
 COPY pipelines pipelines
 COPY una_train una_train
 ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1

@@ -115,6 +115,11 @@ def test_schemas_import_no_other_part(path):
     assert not imports_any(path, {"pipelines", "una_train", "apache_beam", "vllm", "torch", "transformers"})
 
 
+@pytest.mark.parametrize("path", modules("scoring"), ids=str)
+def test_scoring_imports_neither_stages_nor_the_trainer(path):
+    assert not imports_any(path, {"pipelines", "una_train", "apache_beam", "vllm"})
+
+
 @pytest.mark.parametrize("path", modules("pipelines"), ids=str)
 def test_pipelines_do_not_import_the_trainer(path):
     assert not imports_any(path, {"una_train"})

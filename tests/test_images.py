@@ -19,7 +19,8 @@ from packaging.utils import canonicalize_name
 from pipelines import cli, flex_template
 
 DOCKERFILE = (REPO / "Dockerfile").read_text()
-PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+TOML = tomllib.loads((REPO / "pyproject.toml").read_text())
+PROJECT, SETUPTOOLS = TOML["project"], TOML["tool"]["setuptools"]
 
 
 def targets():
@@ -48,7 +49,8 @@ def test_what_is_copied_exists_and_is_what_the_package_needs():
     sources = [source for line in targets()["base"][1] if line.startswith("COPY ") for source in line.split()[1:-1]]
     assert [source for source in sources if not (REPO / source).exists()] == []
     needed = {"pyproject.toml", PROJECT["readme"], *PROJECT["license-files"]}
-    assert needed | {"schemas", "pipelines", "una_train", "constraints.txt", "constraints-gpu.txt"} == set(sources)
+    packages = {name.removesuffix("*") for name in SETUPTOOLS["packages"]["find"]["include"]}
+    assert needed | packages | {"constraints.txt", "constraints-gpu.txt"} == set(sources)
 
 
 def test_what_is_installed_are_extras():

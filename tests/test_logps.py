@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from una_train import logps
+from scoring import logps
 
 linear_logps = jaxtyped(logps.linear_logps, typechecker=beartype)
 row_sums = jaxtyped(logps.row_sums, typechecker=beartype)

@@ -197,13 +197,18 @@ def test_a_log_prob_that_is_not_finite_rejects_its_row_and_partner():
     class Broken:
         version = "broken"
 
+        def cut(self, prompts, responses):
+            return [list(range(len(prompts)))]
+
         def score(self, prompts, responses):
             return [np.array([-np.inf if i == 1 else -1.0] * len(r), np.float32) for i, r in enumerate(responses)]
 
     import pyarrow as pa
 
     table = pa.table({"comparison_id": ["x", "x", None]})
-    chunk = reference.Chunk(reference.Address((0, 0, 0), "f", 0, 0, 3, 1), table, [[1]] * 3, [[2]] * 3, [None] * 3)
-    reference.score(chunk, Broken())
+    chunk = reference.Chunk(
+        reference.Address((0, 0, 0), "f", 0, 0, 3, 1), table, [[1]] * 3, [[2], [3], [4]], [None] * 3
+    )
+    reference.score(chunk, Broken)
     assert [w and w.reason for w in chunk.why] == ["comparison_incomplete", "invalid_logprob", None]
     assert isinstance(chunk.why[1], Reject)
