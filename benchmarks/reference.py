@@ -3,11 +3,14 @@
     pip install --no-deps trl==1.16.0
     python benchmarks/reference.py [--only trl|trl_49k|sharing] [--pairs N] [--repeats N] [--json]
 
-Pairs with prompts of 64 to 256 and responses of 16 to 256 tokens; float32; random Llamas of 3.4M parameters with a
-vocabulary of 2k and of 27M with one of 49k. Each measurement is a process of its own, the sides take turns, and figures
-are medians over the repeats: CPU seconds of scoring, model loading left out, and the peak resident set of the process.
-TRL is `DPOTrainer._precompute_ref_logps` with its defaults (batches of 8 pairs), on rows that are tokenised. Ours is
-what the stage does with a chunk of rows: look in the store, cut batches, score, check, put into the store.
+Lengths vary as those of real preference data do: log-normal, with the spread of HH-RLHF's harmless conversations (σ of
+log length 1.1 for prompts, 1.0 for responses), medians of 128 and 96 tokens, within 16 to 1024 and 8 to 512; `--lengths
+uniform` draws prompts of 64 to 256 and responses of 16 to 256 tokens instead, as `train.py` does, which pads less.
+float32; random Llamas of 3.4M parameters with a vocabulary of 2k and of 27M with one of 49k. Each measurement is a
+process of its own, the sides take turns, and figures are medians over the repeats: CPU seconds of scoring, model
+loading left out, and the peak resident set of the process. TRL is `DPOTrainer._precompute_ref_logps` with its defaults
+(batches of 8 pairs), on rows that are tokenised. Ours is what the stage does with a chunk of rows: look in the store,
+cut batches, score, check, put into the store.
 
 `sharing`: four responses of a 600-token prompt, with the prompt once and with it in every row.
 """
@@ -32,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=CASES, help="one comparison")
     parser.add_argument("--pairs", type=int, default=400, help="pairs to score")
+    parser.add_argument("--lengths", choices=("long-tailed", "uniform"), default="long-tailed", help="of pairs")
     parser.add_argument("--repeats", type=int, default=3, help="how often each side is measured")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
@@ -42,13 +46,13 @@ def main() -> None:
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as where:
         for case in [args.only] if args.only else CASES:
-            figures |= compare(case, Path(where) / case, args.pairs, args.repeats)
+            figures |= compare(case, Path(where) / case, args.pairs, args.repeats, args.lengths)
     if args.json:
         print(json.dumps(figures))
 
 
-def compare(case: str, world: Path, pairs: int, repeats: int) -> dict[str, Any]:
-    run("make", case, str(world), str(pairs))
+def compare(case: str, world: Path, pairs: int, repeats: int, lengths: str) -> dict[str, Any]:
+    run("make", case, str(world), str(pairs), lengths)
     sides = {"una": ("ours", "shared"), "rows": ("ours", "rows")} if case == "sharing" else {"una": ("ours", "shared")}
     sides |= {} if case == "sharing" else {"trl": ("trl",)}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
@@ -91,7 +95,7 @@ def run(*given: str) -> dict[str, Any]:
 # --- the world: a random model and rows of token ids -------------------------------------------------
 
 
-def make(case: str, out: str, pairs: str) -> dict[str, Any]:
+def make(case: str, out: str, pairs: str, lengths: str) -> dict[str, Any]:
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -108,12 +112,22 @@ def make(case: str, out: str, pairs: str) -> dict[str, Any]:
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
     fast.save_pretrained(out)
     rng = np.random.default_rng(0)
-    count, sizes = (GROUP, (600, 601)) if case == "sharing" else (2, (64, 257))
-    rows = []
-    for _ in range(2 * int(pairs) // count):
-        prompt = rng.integers(2, config.vocab_size, rng.integers(*sizes))
-        responses = [rng.integers(2, config.vocab_size, rng.integers(16, 257)) for _ in range(count)]
-        rows.append({"prompt_ids": prompt, "responses": responses})
+
+    def ids(uniform: tuple[int, int], median: int, sigma: float, ends: tuple[int, int]) -> Any:
+        """Token ids of one text; a prompt of `sharing` has as many as every other."""
+        if case == "sharing" or lengths == "uniform":
+            return rng.integers(2, config.vocab_size, rng.integers(uniform[0], uniform[1] + 1))
+        length = np.clip(rng.lognormal(np.log(median), sigma), *ends)
+        return rng.integers(2, config.vocab_size, int(length))
+
+    count, sizes = (GROUP, (600, 600)) if case == "sharing" else (2, (64, 256))
+    rows = [
+        {
+            "prompt_ids": ids(sizes, 128, 1.1, (16, 1024)),
+            "responses": [ids((16, 256), 96, 1.0, (8, 512)) for _ in range(count)],
+        }
+        for _ in range(2 * int(pairs) // count)
+    ]
     pq.write_table(pa.Table.from_pylist(rows), Path(out) / "rows.parquet")
     return {}
 
@@ -131,20 +145,28 @@ def read(world: str) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def ours(world: str, layout: str) -> dict[str, Any]:
+    """A chunk of rows as the stage scores it, with an empty store."""
+    import pyarrow as pa
     import torch
 
-    from pipelines.engines import transformers as engine
+    from pipelines import engines, reference
+    from pipelines.store import Store
 
     torch.set_num_threads(1)
     prompts, responses = read(world)
-    scorer = engine.load(world, dtype="float32", batch_tokens=None, max_length=2048)
+    scorer: Any = engines.load("transformers", world, dtype="float32", batch_tokens=None, max_length=2048)
     assert scorer.packed
     assert scorer.streamed
     scorer.sharing = layout == "shared"
-    start = time.process_time()
-    scores = scorer.score(prompts, responses)
-    seconds = time.process_time() - start
-    return facts(seconds, prompts, responses, [float(s.sum(dtype="float64")) for s in scores])
+    address = reference.Address((0, 0, 0), "rows", 0, 0, len(prompts), 1)
+    rows = pa.table({"comparison_id": pa.nulls(len(prompts), pa.string())})
+    chunk = reference.Chunk(address, rows, prompts, responses, [None] * len(prompts))
+    with tempfile.TemporaryDirectory() as where:
+        start = time.process_time()
+        reference.score(chunk, lambda: scorer, Store(where, {"of": "this benchmark"}, "run"))
+        seconds = time.process_time() - start
+    assert chunk.counts["computed"] == len(prompts)
+    return facts(seconds, prompts, responses, [float(s.sum(dtype="float64")) for s in chunk.logps])
 
 
 def trl(world: str) -> dict[str, Any]:

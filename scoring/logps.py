@@ -178,7 +178,7 @@ def streamed_logps(
 def _streamed(hidden: Tensor, head: nn.Linear, targets: Tensor, how: _How, columns: int) -> Tensor:
     vocabulary = len(head.weight)
     top = hidden.new_full(targets.shape, -torch.inf, dtype=torch.float32)
-    total, chosen = torch.zeros_like(top), torch.zeros_like(top)
+    total, chosen = torch.zeros_like(top), torch.full_like(top, torch.nan)  # of an id beyond the vocabulary
     for first in range(0, vocabulary, columns):
         some = slice(first, min(first + columns, vocabulary))
         bias = None if head.bias is None else head.bias[some]
