@@ -1,4 +1,4 @@
-"""Rewrites the tables of the documents from the code they describe: `python docs/generate.py`.
+"""Rewrites the tables of the documents, and templates/, from the code they describe: `python docs/generate.py`.
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`; a test fails when one is out of date.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipelines import flex_template
 from pipelines.converters import CONVERTERS
 from pipelines.labellers import rules
 from pipelines.labellers.judge_settings import Settings
@@ -22,6 +23,8 @@ from una_train.losses import OBJECTIVES
 from una_train.offsets import OFFSETS
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import scaling  # noqa: E402 - no package: a program beside the others
 
 
 def columns() -> str:
@@ -128,7 +131,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "offsets": offsets,
     "rules": kinds_of_rules,
     "rule settings": settings_of_rules,
+    "memory": scaling.memory_table,
+    "costs": scaling.cost_table,
+    "rates": scaling.rates_table,
+    "scale": scaling.scaling_table,
+    "workers": scaling.workers_table,
 }
+FILES: dict[str, Callable[[], str]] = {"templates/reference.json": flex_template.metadata}
 
 
 def generate(text: str) -> str:
@@ -143,6 +152,8 @@ def generate(text: str) -> str:
 def main() -> int:
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         path.write_text(generate(path.read_text("utf-8")), "utf-8")
+    for name, made in FILES.items():
+        (ROOT / name).write_text(made(), "utf-8")
     return 0
 
 

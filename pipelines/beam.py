@@ -14,21 +14,28 @@ import apache_beam as beam
 import pyarrow as pa
 from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import (
+    DebugOptions,
     DirectOptions,
+    GoogleCloudOptions,
     PipelineOptions,
+    PortableOptions,
+    SetupOptions,
     StandardOptions,
+    WorkerOptions,
     _BeamArgumentParser,
 )
 from apache_beam.portability.api import beam_provision_api_pb2 as provision
 from apache_beam.runners.job import utils as job_utils
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.runners.portability.fn_api_runner.fn_runner import ExtendedProvisionInfo
+from apache_beam.runners.runner import PipelineResult
 
-from pipelines import dataset
+from pipelines import dataset, remote
 from schemas.errors import UsageError, UserError
 
 # what a worker raised, in the last line of a traceback
 _SAID = re.compile(r"(?:UserError|UsageError|OSError|[A-Z]\w+Error: \[Errno \d+\]):? (.+)$", re.MULTILINE)
+ONE_PROCESS = "no_use_multiple_sdk_containers"  # Dataflow's experiment: one worker process per machine
 _LOCAL = "FnApiRunner"  # plain DirectRunner would try to download Prism, and then ignores direct_* options
 
 
@@ -105,8 +112,9 @@ def _parser() -> _BeamArgumentParser:
     return parser
 
 
-def check(flags: list[str]) -> None:
-    """`UsageError` for options that no pipeline can run with; called before anything is read or written."""
+def check(flags: list[str], *paths: str) -> None:
+    """`UsageError` for options that no pipeline can run with, or not on `paths`, which all workers must reach; called
+    before anything is read or written."""
     chosen, runner = _chosen(flags)
     try:
         beam.Pipeline(runner=runner, options=chosen)
@@ -114,20 +122,54 @@ def check(flags: list[str]) -> None:
         raise UsageError(f"Beam's options: {error}") from None
     if (chosen.view_as(DirectOptions).direct_num_workers or 0) < 0:
         raise UsageError("--direct_num_workers: must not be negative")
+    if on_dataflow(flags):
+        _check_dataflow(chosen, paths)
+    elif template_of(flags):
+        raise UsageError("--template_location: only DataflowRunner makes templates; add --runner DataflowRunner")
+
+
+def _check_dataflow(chosen: PipelineOptions, paths: tuple[str, ...]) -> None:
+    """What Dataflow itself would tell after minutes, from machines that it started."""
+    if local := next((path for path in paths if not remote.is_remote(path)), None):
+        raise UsageError(
+            f"{local}: lies on this machine, and Dataflow's workers are others; copy it to gs:// and name that path"
+        )
+    if not chosen.view_as(WorkerOptions).sdk_container_image:
+        raise UsageError(
+            "--runner DataflowRunner: the workers need an image with una in it; build the target `dataflow` of the "
+            "Dockerfile, push it, and name it with --sdk_container_image"
+        )
+    try:
+        from apache_beam.runners.dataflow.internal import apiclient  # noqa: F401 - the runner imports it when it runs
+    except ImportError:
+        raise UsageError("--runner DataflowRunner: needs more packages: pip install 'una-align[gcp]'") from None
+
+
+def on_dataflow(flags: list[str]) -> bool:
+    return (PipelineOptions(flags).view_as(StandardOptions).runner or "").rsplit(".", 1)[-1] == "DataflowRunner"
+
+
+def template_of(flags: list[str]) -> str | None:
+    """Where the job is to be written instead of being run: how a Flex Template's launcher starts a pipeline."""
+    return PipelineOptions(flags).view_as(GoogleCloudOptions).template_location
 
 
 def across_processes(flags: list[str]) -> bool:
-    """Whether workers are processes that should share one model."""
-    return PipelineOptions(flags).view_as(DirectOptions).direct_running_mode == "multi_processing"
+    """Whether several worker processes of a machine should share one model; Dataflow by itself starts one per core."""
+    chosen = PipelineOptions(flags)
+    one_per_core = on_dataflow(flags) and not chosen.view_as(DebugOptions).lookup_experiment(ONE_PROCESS)
+    return one_per_core or chosen.view_as(DirectOptions).direct_running_mode == "multi_processing"
 
 
 def shares_disk(flags: list[str]) -> bool:
     """Whether all workers run on this machine."""
-    return isinstance(_chosen(flags)[1], FnApiRunner)
+    chosen, runner = _chosen(flags)
+    return isinstance(runner, FnApiRunner) or chosen.view_as(PortableOptions).environment_type == "LOOPBACK"
 
 
 def _chosen(flags: list[str]) -> tuple[PipelineOptions, str | FnApiRunner]:
     chosen = PipelineOptions(flags)
+    chosen.view_as(SetupOptions).save_main_session = False  # all that workers call lies in modules
     runner = chosen.view_as(StandardOptions).runner or _LOCAL
     if "dask" in runner.lower():
         raise UsageError("--runner DaskRunner: refused, it loses data silently and still reports success")
@@ -146,16 +188,37 @@ def _local(chosen: PipelineOptions) -> FnApiRunner:
 def run(build: Callable[[beam.Pipeline], object], flags: list[str]) -> None:
     """Build a pipeline and run it with Beam's `flags`; what a worker raised as `UserError` is raised here as one."""
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what it logs as errors is also raised, below
+    _tell_of_dataflow()
     chosen, runner = _chosen(flags)
     os.environ[_STARTER] = str(os.getpid())
     try:
         pipeline = beam.Pipeline(runner=runner, options=chosen)
         build(pipeline)
-        state = pipeline.run().wait_until_finish()
+        result = pipeline.run()
+        state = None if template_of(flags) else _wait(result)
     except Exception as error:
         raise _readable(error) from error
     if state not in ("DONE", None):
         raise UserError(f"the pipeline ended as {state}; see the runner's log")
+
+
+def _tell_of_dataflow() -> None:
+    """Let Beam tell the page of the job, its states and what the service says, and no more."""
+    logging.getLogger("apache_beam.runners.dataflow.dataflow_runner").setLevel(logging.INFO)
+    client = logging.getLogger("apache_beam.runners.dataflow.internal.apiclient")
+    client.setLevel(logging.INFO)
+    if not client.filters:
+        client.addFilter(lambda record: "monitoring console" in str(record.msg))
+
+
+def _wait(result: PipelineResult) -> str | None:
+    """The state that the job ends in; one that runs elsewhere ends too when this process is told to."""
+    try:
+        return result.wait_until_finish()
+    except KeyboardInterrupt:
+        with contextlib.suppress(Exception):
+            result.cancel()
+        raise
 
 
 def once(pipeline: beam.Pipeline, function: Callable[..., None], *collections: beam.PCollection, **facts: Any) -> Any:
@@ -172,8 +235,11 @@ def run_stage(
     build: Callable[[beam.Pipeline], object], flags: list[str], stage: str, output: str, max_rejected: float = 1.0
 ) -> dict[str, Any]:
     """Run a stage's pipeline, print and return its summary; when it fails, nothing is left of it."""
-    with dataset.staged(stage):
+    with dataset.staged(stage, kept=bool(template := template_of(flags))):
         run(build, flags)
+    if template:
+        print(f"{template}: the job, which writes {output} once it is launched")
+        return {"output": output, "template": template}
     report = dataset.summary(dataset.read_manifest(output), output, max_rejected)
     dataset.print_summary(report)
     return report

@@ -26,6 +26,7 @@ from schemas.manifest import NAME, Manifest
 log = logging.getLogger(__name__)
 LOCK = ".lock"
 JOURNAL = "commit.json"  # in a store's staging directory: the names that a commit deletes and writes
+MOST_PARTS = 20_000  # part files of a stage, as long as their chunks are smaller than a row group
 DETAIL = 4_000  # characters of why a row was rejected; a judge's answer is part of it
 _locks: list[Any] = []
 
@@ -108,14 +109,15 @@ def _lock(stage: str, output: str) -> None:
 
 
 @contextmanager
-def staged(stage: str) -> Iterator[None]:
-    """Around all that writes into a staging directory and commits it: at the end nothing is left of it."""
+def staged(stage: str, kept: bool = False) -> Iterator[None]:
+    """Around all that writes into a staging directory and commits it: at the end nothing is left of it, unless it is
+    `kept` for a job that starts later."""
     try:
         yield
     except BaseException:
         _discard(stage)
         raise
-    if io.is_remote(stage):  # a local one has become the output
+    if io.is_remote(stage) and not kept:  # a local one has become the output
         _discard(stage)
 
 
@@ -127,6 +129,11 @@ def _discard(stage: str) -> None:
         remote.delete(list(remote.below(stage)))
     except UserError as error:
         log.warning("%s; the next run to this output deletes what is left in %s", error, stage)
+
+
+def chunk_rows(least: int, rows: int) -> int:
+    """Rows of a part file: `least`, or so many that a large dataset has no more files than can be listed and copied."""
+    return min(max(least, rows // MOST_PARTS), max(least, io.GROUP_ROWS))
 
 
 def part_name(index: Iterable[int]) -> str:
@@ -258,9 +265,14 @@ def read_manifest(directory: str) -> Manifest:
         return Manifest.from_json(file.read().decode(), path)
 
 
+def shards(manifest: Manifest) -> list[dict[str, Any]]:
+    """What the manifest says of the files in data/, in order."""
+    return [f for f in manifest.files if f["path"].startswith("data/")]
+
+
 def data_files(directory: str, manifest: Manifest) -> list[str]:
     """Paths of the data shards, in order; `UserError` if one is missing or has another size than recorded."""
-    listed = [f for f in manifest.files if f["path"].startswith("data/")]
+    listed = shards(manifest)
     if not listed:
         raise UserError(f"{directory}: the dataset has no rows")
     root = directory.rstrip("/")

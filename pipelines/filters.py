@@ -705,7 +705,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     before = dataset.read_manifest(args.directory)
     files = dataset.data_files(args.directory, before)
     output = args.output.rstrip("/")
-    check_flags(args.beam)
+    check_flags(args.beam, args.directory, output)
     dataset.refuse(output, [args.directory, *filters.evaluations])
     stage = dataset.prepare(output, args.overwrite)
     applied = [*before.policies.get("filters", []), policies(filters)]

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from pipelines import dataset, io, readers, settle, understand
 from pipelines.converters import LeftOut, Policy
 from pipelines.converters.base import touched
-from pipelines.plan import Pieces, Plan
+from pipelines.plan import Piece, Pieces, Plan, read
 from pipelines.settle import Settling
 from pipelines.understand import Source, convert
 from schemas import feedback
@@ -183,13 +183,11 @@ def _refused(raw: readers.Raw, source: Source, reason: str, detail: str, part: s
 
 
 def judge_shard(
-    item: tuple[int, Iterable[tuple[list[int], str]]], scales: dict[str, dict[str, Any]], *, how: Settling, stage: str
+    item: tuple[int, Iterable[tuple[list[int], Piece]]], scales: dict[str, dict[str, Any]], *, how: Settling, stage: str
 ) -> dict[str, Any]:
     """Decide on the labels of some prompts, in the order of the input; where the verdicts on each range are."""
     number, pieces = item
-    names, tables = zip(
-        *((dataset.part_name(index), io.read_scratch(path)) for index, path in sorted(pieces)), strict=True
-    )
+    names, tables = zip(*((dataset.part_name(index), read(piece)) for index, piece in sorted(pieces)), strict=True)
     labels = pa.concat_tables(tables)
     verdicts, touched, agreement = settle.judge(labels, how, scales)
     of_range = np.repeat(np.arange(len(names)), [t.num_rows for t in tables])[verdicts["at"].to_numpy()]
@@ -303,7 +301,7 @@ def build(
         of = beam.pvalue.AsSingleton(scales)
         judged = (
             converted
-            | "pieces" >> beam.FlatMap(_pieces).with_output_types(tuple[int, tuple[list[int], str]])
+            | "pieces" >> beam.FlatMap(_pieces).with_output_types(tuple[int, tuple[list[int], Piece]])
             | "gather" >> beam.GroupByKey()
             | "judge" >> beam.Map(judge_shard, of, how=how, stage=stage).with_output_types(dict)
         )
@@ -322,9 +320,9 @@ def _shards(sources: list[Source]) -> int:
     return min(MOST_SHARDS, 1 + sum(io.size(s.path) for s in sources) // SHARD_BYTES)
 
 
-def _pieces(report: dataset.Result) -> Iterator[tuple[int, tuple[list[int], str]]]:
-    for shard, path in report["pieces"]:
-        yield shard, (report["index"], path)
+def _pieces(report: dataset.Result) -> Iterator[tuple[int, tuple[list[int], Piece]]]:
+    for shard, piece in report["pieces"]:
+        yield shard, (report["index"], piece)
 
 
 def _waiting(report: dataset.Result) -> Iterator[tuple[str, str]]:
@@ -450,7 +448,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     if calibration:
         policies["calibration"] = {"from": io.name(args.calibration.rstrip("/")), "sources": sorted(calibration)}
     _tell_shared_names(sources)
-    beam.check(args.beam)
+    beam.check(args.beam, *args.paths, output)
     stage = dataset.prepare(output, args.overwrite)
     return beam.run_stage(
         lambda p: build(p, sources, converting, policies, stage, output, how, calibration),

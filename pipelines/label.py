@@ -25,8 +25,8 @@ import pyarrow.compute as pc
 from apache_beam.utils.multi_process_shared import MultiProcessShared
 from apache_beam.utils.shared import Shared
 
-from pipelines import dataset, io, labellers
-from pipelines.beam import across_processes, count, once, run_stage, shares_disk
+from pipelines import dataset, gpu, io, labellers
+from pipelines.beam import across_processes, count, once, run_stage, shares_disk, template_of
 from pipelines.beam import check as check_flags
 from pipelines.labellers import calibration, sample
 from pipelines.labellers.base import Identity, Item, Labeller, Outcome, Score
@@ -387,15 +387,17 @@ def build(
     manifest: Manifest,
     stage: str,
     output: str,
+    hints: dict[str, str] | None = None,
 ) -> Any:
     """Addresses → scratch files of raw scores → statistics → rows with rewards → one commit."""
+    chunk = dataset.chunk_rows(CHUNK_ROWS, manifest.inputs)
     facts = {"stage": "label", "policies": manifest.policies, "reference": manifest.reference}
     asked = (
         pipeline
         | "files" >> beam.Create(list(enumerate(files)))
-        | "addresses" >> beam.FlatMap(addresses, rows=CHUNK_ROWS, together="prompt_id")
+        | "addresses" >> beam.FlatMap(addresses, rows=chunk, together="prompt_id")
         | "spread" >> beam.Reshuffle()
-        | "ask" >> beam.ParDo(Ask(how, loader, schema, stage))
+        | "ask" >> beam.ParDo(Ask(how, loader, schema, stage)).with_resource_hints(**hints or {})
     )
     statistics = (
         asked
@@ -478,6 +480,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--budget", metavar="N", help="the most that labellers may spend: 5usd, 1000calls or both")
     parser.add_argument("--cache", metavar="DIR", help="where scores are kept (default: .NAME.cache beside the output)")
+    gpu.add_arguments(parser)
     parser.add_argument("--max-rejected", type=share, default=0.01, metavar="SHARE")
     parser.add_argument("--overwrite", action="store_true", help="replace what --output holds")
 
@@ -487,7 +490,11 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     before = dataset.read_manifest(args.directory)
     files = dataset.data_files(args.directory, before)
     output = args.output.rstrip("/")
-    check_flags(args.beam)
+    hints = gpu.hints(args)
+    args.beam = [*args.beam, *gpu.flags(args)]
+    check_flags(args.beam, args.directory, output)
+    if template_of(args.beam):
+        raise UsageError("--template_location: una label tells what its scores are like when they are there; run it")
     how, stored = labelling(args)
     cache = cache_of(args, output)
     dataset.refuse(output, [args.directory])
@@ -501,7 +508,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     schema = dataset.schema_of(before)
     with told(cache, loader.start, manifest.inputs) if shares_disk(args.beam) else nullcontext():
         report = run_stage(
-            lambda p: build(p, files, how, loader, stored, schema, manifest, stage, output),
+            lambda p: build(p, files, how, loader, stored, schema, manifest, stage, output, hints),
             args.beam,
             stage,
             output,

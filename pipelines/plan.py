@@ -8,8 +8,10 @@ import pyarrow as pa
 
 from pipelines import io
 
-PIECES_BYTES = 32 << 20  # of rows that wait to be written to all pieces of a file
+PIECE_BYTES = 256 << 10  # of rows for one shard that are written together, on average
+WAITING_BYTES = (32 << 20, 256 << 20)  # of rows that wait to be cut: least, for few shards, and most, for many
 Shard = tuple[str, int]  # split, number within it
+Piece = tuple[str, list[int]]  # a scratch file, and the numbers of its batches that are of one shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,24 +46,46 @@ def _numbers(ids: pa.ChunkedArray) -> np.ndarray:
 
 
 class Pieces:
-    """A part file for each shard, for this run only; within one, rows keep their order."""
+    """One scratch file with batches of rows for every shard; within a shard, rows keep their order.
+
+    A file for each shard would be millions of them in all, thousands open at once, and of a few kilobytes.
+    """
 
     def __init__(self, path: str, plan: Plan, schema: pa.Schema):
-        self.path, self.plan, self.schema = path, plan, schema
-        self._pieces: dict[int, io.ScratchWriter] = {}
+        self.plan, self._file = plan, io.ScratchWriter(f"{path}.pieces.arrow", schema)
+        least, most = WAITING_BYTES
+        self._enough = min(max(least, sum(plan.shards) * PIECE_BYTES), most)
+        self._waiting: list[pa.Table] = []
+        self._bytes = self._batches = 0
+        self._of_shard: dict[int, list[int]] = {}
 
     def write(self, rows: pa.Table) -> None:
+        self._waiting.append(rows)
+        self._bytes += rows.nbytes
+        if self._bytes >= self._enough:
+            self._cut()
+
+    def _cut(self) -> None:
+        rows = pa.concat_tables(self._waiting)
+        self._waiting, self._bytes = [], 0
         shard = self.plan.assign(rows["prompt_id"])
         rows = rows.take(pa.array(np.argsort(shard, kind="stable")))
         numbers, firsts = np.unique(np.sort(shard), return_index=True)
         for s, (start, stop) in zip(numbers.tolist(), pairwise([*firsts.tolist(), len(shard)]), strict=True):
-            if s not in self._pieces:
-                path, small = f"{self.path}-{s:06d}.piece.arrow", PIECES_BYTES // sum(self.plan.shards)
-                self._pieces[s] = io.ScratchWriter(path, self.schema, small)
-            self._pieces[s].write(rows.slice(start, stop - start))
+            self._file.write(rows.slice(start, stop - start))
+            self._of_shard.setdefault(s, []).append(self._batches)
+            self._batches += 1
 
-    def close(self) -> list[tuple[int, str]]:
-        """The shard and path of each piece."""
-        for piece in self._pieces.values():
-            piece.close()
-        return [(s, piece.path) for s, piece in sorted(self._pieces.items())]
+    def close(self) -> list[tuple[int, Piece]]:
+        """The shard and place of each piece."""
+        if self._waiting:
+            self._cut()
+        self._file.close()
+        return [(s, (self._file.path, batches)) for s, batches in sorted(self._of_shard.items())]
+
+
+def read(piece: Piece) -> pa.Table:
+    """The rows of a piece."""
+    path, batches = piece
+    with io.open_scratch(path) as file:
+        return pa.Table.from_batches([file.get_batch(i) for i in batches])

@@ -1,8 +1,8 @@
 """A dataset ready to share and to train on: split by prompt, without exact duplicates, in sorted shards.
 
 Rows go to the shard their prompt's id names, so no prompt is in two splits, equal rows meet in one
-shard, and the rows of a prompt lie side by side. Each file is cut into pieces by shard (part files, not a
-shuffle), then each shard is put together from its pieces.
+shard, and the rows of a prompt lie side by side. Files are cut into pieces by shard (part files, not a
+shuffle), a group of files at a time, then each shard is put together from its pieces.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from pipelines import dataset, io
 from pipelines.beam import check as check_flags
 from pipelines.beam import count, once, run_stage
-from pipelines.plan import Pieces, Plan
+from pipelines.plan import Piece, Pieces, Plan, read
 from schemas.command import weights
 from schemas.errors import UsageError, UserError
 from schemas.feedback import check, check_comparisons
@@ -31,36 +31,54 @@ from schemas.manifest import Manifest
 
 log = logging.getLogger(__name__)
 SHARD_BYTES = 256 << 20  # of compressed input per shard
+MOST_SHARDS = 2_048  # above half a terabyte shards grow: each reads of every group, and that is groups × shards reads
+GROUP_BYTES = 256 << 20  # of small files that are cut together
 
 
 def plan(splits: dict[str, float], input_bytes: int) -> Plan:
     """Shards in proportion to each split's share of the input."""
-    shards = tuple(max(1, math.ceil(share * input_bytes / SHARD_BYTES)) for share in splits.values())
+    of_shard = max(SHARD_BYTES, input_bytes / MOST_SHARDS)
+    shards = tuple(max(1, math.ceil(share * input_bytes / of_shard)) for share in splits.values())
     return Plan(tuple(splits.items()), shards)
+
+
+def groups(files: list[str], sizes: list[int]) -> list[list[str]]:
+    """Neighbours of at most `GROUP_BYTES` together, or one file alone."""
+    made: list[list[str]] = []
+    room = 0
+    for path, size in zip(files, sizes, strict=True):
+        if size > room:
+            made.append([])
+            room = GROUP_BYTES
+        made[-1].append(path)
+        room -= size
+    return made
 
 
 # --- cutting and putting together ----------------------------------------------------------------
 
 
-def cut(item: tuple[int, str], *, of: Plan, schema: pa.Schema, stage: str) -> Iterator[tuple[int, tuple[int, str]]]:
-    """Split one file into a piece per shard; yields (shard, (file number, path of the piece))."""
-    i, path = item
+def cut(
+    item: tuple[int, list[str]], *, of: Plan, schema: pa.Schema, stage: str
+) -> Iterator[tuple[int, tuple[int, Piece]]]:
+    """Split a group of files into a piece per shard; yields (shard, (group's number, piece))."""
+    i, paths = item
     pieces = Pieces(f"{stage}/parts/{i:06d}", of, schema)
-    with io.open_parquet(path) as file:
-        for group in range(file.num_row_groups):
-            pieces.write(file.read_row_group(group).cast(schema).replace_schema_metadata(None))
+    for path in paths:
+        with io.open_parquet(path) as file:
+            for group in range(file.num_row_groups):
+                pieces.write(file.read_row_group(group).cast(schema).replace_schema_metadata(None))
     for s, piece in pieces.close():
         yield s, (i, piece)
 
 
 def assemble(
-    item: tuple[int, Iterable[tuple[int, str]]], *, of: Plan, schema: pa.Schema, stage: str, facts: dict[str, Any]
+    item: tuple[int, Iterable[tuple[int, Piece]]], *, of: Plan, schema: pa.Schema, stage: str, facts: dict[str, Any]
 ) -> dataset.Result:
     """Read a shard's pieces, drop exact duplicates, sort by prompt, write one file and report."""
     number, pieces = item
     split, within = of.name(number)
-    read = [io.read_scratch(path) for _, path in sorted(pieces)]
-    rows = pa.concat_tables(read).cast(schema).replace_schema_metadata(None)
+    rows = pa.concat_tables([read(piece) for _, piece in sorted(pieces)]).cast(schema).replace_schema_metadata(None)
     report = dataset.result([within], split=split)
     report["inputs"] = rows.num_rows
     rows = ordered(rows)
@@ -100,15 +118,21 @@ def prompt_runs(prompt_ids: pa.ChunkedArray, rows: int) -> Iterator[tuple[int, i
 
 
 def build(
-    pipeline: beam.Pipeline, files: list[str], of: Plan, schema: pa.Schema, manifest: Manifest, stage: str, output: str
+    pipeline: beam.Pipeline,
+    files: list[list[str]],
+    of: Plan,
+    schema: pa.Schema,
+    manifest: Manifest,
+    stage: str,
+    output: str,
 ) -> Any:
-    """Files → pieces by shard → shards → one commit. Only the pieces' paths are shuffled."""
+    """Groups of files → pieces by shard → shards → one commit. Only the pieces' paths are shuffled."""
     facts = {"stage": "publish", "policies": manifest.policies, "reference": manifest.reference}
     results = (
         pipeline
         | "files" >> beam.Create(list(enumerate(files)))
         | "spread" >> beam.Reshuffle()
-        | "cut" >> beam.FlatMap(cut, of=of, schema=schema, stage=stage).with_output_types(tuple[int, tuple[int, str]])
+        | "cut" >> beam.FlatMap(cut, of=of, schema=schema, stage=stage).with_output_types(tuple[int, tuple[int, Piece]])
         | "gather" >> beam.GroupByKey()
         | "assemble" >> beam.Map(assemble, of=of, schema=schema, stage=stage, facts=facts)
         | "count" >> beam.Map(count)
@@ -195,9 +219,10 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
             )
     before = together(manifests)
     files = [path for directory, manifest in manifests.items() for path in dataset.data_files(directory, manifest)]
-    of = plan(splits, sum(io.size(path) for path in files))
+    sizes = [facts["bytes"] for manifest in manifests.values() for facts in dataset.shards(manifest)]
+    of, grouped = plan(splits, sum(sizes)), groups(files, sizes)
     output = args.output.rstrip("/")
-    check_flags(args.beam)
+    check_flags(args.beam, *args.directories, output)
     dataset.refuse(output, args.directories)
     stage = dataset.prepare(output, args.overwrite)
     policies = {**before.policies, "split": splits, "exact_duplicates": "remove"}
@@ -205,7 +230,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
         policies["license"] = args.license
     manifest = before.next("publish", policies=policies)
     schema = dataset.schema_of(before)
-    report = run_stage(lambda p: build(p, files, of, schema, manifest, stage, output), args.beam, stage, output)
-    if empty := set(splits) - set(report["splits"]):
+    report = run_stage(lambda p: build(p, grouped, of, schema, manifest, stage, output), args.beam, stage, output)
+    if "template" not in report and (empty := set(splits) - set(report["splits"])):
         log.warning("%s: too few prompts, nothing fell into split %s", output, ", ".join(sorted(empty)))
     return report

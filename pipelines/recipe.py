@@ -15,12 +15,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipelines import cli, dataset, io, labellers, mapping, remote
+from pipelines import cli, dataset, io, labellers, mapping, models, remote
 from schemas import settings_file
 from schemas.command import did_you_mean
 from schemas.errors import UsageError
-from schemas.fingerprint import fingerprint, local_model
-from schemas.manifest import NAME, sha256
+from schemas.fingerprint import fingerprint
+from schemas.manifest import NAME, Manifest, sha256
 
 log = logging.getLogger(__name__)
 STAGES = ("ingest", "filter", "label", "reference", "publish", "train", "report")
@@ -85,7 +85,7 @@ def stages(recipe: dict[str, Any]) -> list[Stage]:
     last = out["publish"] if "publish" in wanted else scored
 
     def same(directory: str) -> Callable[[], Any]:
-        return lambda: _digest(dataset.read_manifest(directory).to_json())
+        return lambda: _digest(_lasting(dataset.read_manifest(directory)))
 
     def with_model(directory: str) -> Callable[[], Any]:
         return lambda: [same(directory)(), _model(model)]
@@ -144,6 +144,14 @@ def stages(recipe: dict[str, Any]) -> list[Stage]:
     return [table[name]() for name in wanted]
 
 
+def _lasting(manifest: Manifest) -> dict[str, Any]:
+    """The manifest without what a run had to compute, and how exactly: the same rows again are the same rows."""
+    facts = asdict(manifest)
+    for name in ("scoring", "parity"):
+        facts["statistics"].pop(name, None)
+    return facts
+
+
 def _hashes(paths: list[str]) -> list[list[str]]:
     return [[path, remote.version(path) if io.is_remote(path) else sha256(path)] for path in paths]
 
@@ -197,7 +205,7 @@ def _settings(section: Any) -> list[str]:
 
 
 def _model(name: str) -> dict[str, Any]:
-    return fingerprint(local_model(name), dtype="", engine="", engine_version="")
+    return fingerprint(models.local(name), dtype="", engine="", engine_version="")
 
 
 def _digest(value: Any) -> str:
@@ -217,6 +225,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> dict[str, Any]:
     """`una run`: returns what every stage returned, and whether it was skipped."""
+    if any(flag.startswith("--template_location") for flag in args.beam):
+        raise UsageError("--template_location: a template is of one stage; name it instead of a recipe")
     recipe = read(args.recipe, args.set)
     planned = [(stage, cli.parse(stage.name, stage.argv)) for stage in stages(recipe)]  # bad options fail here
     output = str(recipe["output"]).rstrip("/")

@@ -20,6 +20,7 @@ import orjson
 import pyarrow as pa
 
 from pipelines import dataset, io, publish
+from pipelines.plan import Piece, read
 from schemas.command import share
 from schemas.errors import UsageError
 from schemas.feedback import check, check_comparisons, identify
@@ -238,8 +239,8 @@ def write(directory: str, before: Manifest, projection: Projection, stage: str, 
     for split in before.splits:
         mine = [path for path in files if path.rsplit("/", 1)[-1].partition("-")[0] == split]
         of = publish.plan({split: 1.0}, sum(sizes[path] for path in mine))
-        pieces: dict[int, list[str]] = {}
-        for item in enumerate(mine):
+        pieces: dict[int, list[Piece]] = {}
+        for item in enumerate(publish.groups(mine, [sizes[path] for path in mine])):
             for shard, (_, piece) in publish.cut(item, of=of, schema=dataset.schema_of(before), stage=stage):
                 pieces.setdefault(shard, []).append(piece)
         results += [_shard(split, shard, pieces[shard], projection, stage, facts) for shard in sorted(pieces)]
@@ -247,10 +248,10 @@ def write(directory: str, before: Manifest, projection: Projection, stage: str, 
 
 
 def _shard(
-    split: str, number: int, pieces: list[str], projection: Projection, stage: str, facts: dict[str, Any]
+    split: str, number: int, pieces: list[Piece], projection: Projection, stage: str, facts: dict[str, Any]
 ) -> dataset.Result:
     """Read a shard's pieces, write their view, a few prompts at a time, and report."""
-    gathered = pa.concat_tables([io.read_scratch(path) for path in pieces]).replace_schema_metadata(None)
+    gathered = pa.concat_tables([read(piece) for piece in pieces]).replace_schema_metadata(None)
     rows = publish.ordered(gathered)
     report = dataset.result([number], split=split)
     report["inputs"], report["duplicates"] = gathered.num_rows, gathered.num_rows - rows.num_rows

@@ -50,6 +50,8 @@ REASONS = {
     "special_token_in_text": "the text spells out one of the tokenizer's special tokens",
     "template_error": "the chat template cannot render the conversation",
     "comparison_incomplete": "the other row of the comparison was rejected",
+    "unknown_token": "a token id lies beyond the reference model's vocabulary",
+    "engine_failed": "the engine of the reference failed on the row, alone as well as among others",
     "invalid_logprob": "the engine returned a log-prob that is not finite",
     "labeller_failed": "a labeller gave no score: its call failed after all retries, or its function raised",
     "unparsable_judgement": "the judge's answer holds no score in the form that was asked for",

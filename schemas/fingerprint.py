@@ -39,8 +39,9 @@ _VOCABULARIES = (
     "spiece.model",
 )
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 # these change when a model is merely saved again
+_OF_BASE = {"base_model_name_or_path", "revision", "peft_version", "inference_mode"}  # of an adapter's config
 _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
 
 
@@ -57,7 +58,7 @@ def local_model(name: str | Path, revision: str | None = None) -> Path:
     except ImportError:
         raise UserError(f"{name}: no such directory (a hub id needs `pip install huggingface_hub`)") from None
     try:
-        return Path(huggingface_hub.snapshot_download(str(name), revision=revision, allow_patterns=_HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(str(name), revision=revision, allow_patterns=MODEL_FILES))
     except Exception as error:  # the hub raises a dozen kinds: offline, gated, unknown, proxy
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise UserError(
@@ -67,18 +68,28 @@ def local_model(name: str | Path, revision: str | None = None) -> Path:
 
 
 def fingerprint(
-    model_dir: str | Path, *, dtype: str, engine: str, engine_version: str, template: str | None = None
+    model_dir: str | Path,
+    *,
+    dtype: str,
+    engine: str,
+    engine_version: str,
+    template: str | None = None,
+    adapter: str | Path | None = None,
+    quantization: str | None = None,
 ) -> Fingerprint:
     """Hashes of the model in `model_dir` and how it is run (`dtype`, `engine`), with a `template` in place of its own.
 
-    Raises `UserError` when the directory has no weights, no tokenizer or no chat template.
+    `adapter` (a directory) and `quantization` are named where there are any. Raises `UserError` when the directory has
+    no weights, no tokenizer or no chat template, or `adapter` no adapter.
     """
     where = Path(model_dir)
     if not where.is_dir():
         raise UserError(f"{where}: no such directory")
     tokenizer = _tokenizer(where)  # first: the cheap checks fail before gigabytes are hashed
     chat_template = _template(where) if template is None else _hash_text(template)
+    more = {"adapter": adapter and _adapter(Path(adapter)), "quantization": quantization}
     return {
+        **{name: value for name, value in more.items() if value is not None},
         "weights": _weights(where),
         "tokenizer": tokenizer,
         "chat_template": chat_template,
@@ -99,10 +110,16 @@ def differences(reference: Fingerprint, here: Fingerprint) -> list[str]:
             ("tokenizer", "the tokenizer"),
             ("chat_template", "the chat template"),
             ("config", "config.json"),
+            ("adapter", "the adapter"),
         ]
         if key in reference and reference[key] != here.get(key)
     ]
-    for key, words in [("dtype", "the dtype"), ("engine", "the engine"), ("engine_version", "the engine's version")]:
+    for key, words in [
+        ("dtype", "the dtype"),
+        ("quantization", "the quantization"),
+        ("engine", "the engine"),
+        ("engine_version", "the engine's version"),
+    ]:
         if key in reference and reference[key] != here.get(key):
             found.append(f"{words} ({reference[key]} for the reference, {here.get(key)} here)")
     before, now = reference.get("versions") or {}, here.get("versions") or {}
@@ -120,6 +137,13 @@ def _weights(where: Path) -> str:
     if not files:
         raise UserError(f"{where}: no weights here (*.safetensors or pytorch_model*.bin); give a model's directory")
     return _hash_files(files + sorted(where.glob(f"*{files[0].suffix}.index.json")))
+
+
+def _adapter(where: Path) -> str:
+    files = sorted(where.glob("adapter_model*.safetensors"))
+    if not files or not (where / "adapter_config.json").is_file():
+        raise UserError(f"{where}: no LoRA adapter here (adapter_config.json and adapter_model.safetensors)")
+    return _hash_text(_hash_json(_read_json(where / "adapter_config.json"), _OF_BASE) + _hash_files(files))
 
 
 def _tokenizer(where: Path) -> str:

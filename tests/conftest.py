@@ -153,6 +153,20 @@ def s3_server() -> Iterator[str]:
         yield address
 
 
+@pytest.fixture(scope="session")
+def google_storage() -> Iterator[str]:
+    """The address of a server that speaks Google's storage, with one bucket, `bucket`; skips without it."""
+    pytest.importorskip("google.cloud.storage", reason="gs:// needs google-cloud-storage (the extra gcp)")
+    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcp-storage-emulator")
+    server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+    server.start()
+    address = f"http://127.0.0.1:{server._api._httpd.server_port}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", address)
+        yield address
+    server.stop()
+
+
 class Bucket:
     """An S3 bucket as its user sees it."""
 

@@ -115,6 +115,11 @@ def test_schemas_import_no_other_part(path):
     assert not imports_any(path, {"pipelines", "una_train", "apache_beam", "vllm", "torch", "transformers"})
 
 
+@pytest.mark.parametrize("path", modules("scoring"), ids=str)
+def test_scoring_imports_neither_stages_nor_the_trainer(path):
+    assert not imports_any(path, {"pipelines", "una_train", "apache_beam", "vllm"})
+
+
 @pytest.mark.parametrize("path", modules("pipelines"), ids=str)
 def test_pipelines_do_not_import_the_trainer(path):
     assert not imports_any(path, {"una_train"})
@@ -137,3 +142,5 @@ def test_tables_of_the_documents_are_up_to_date():
     for path in (REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))):
         text = path.read_text("utf-8")
         assert generate.generate(text) == text, f"{path.name}: run `python docs/generate.py`"
+    for name, made in generate.FILES.items():
+        assert (REPO / name).read_text("utf-8") == made(), f"{name}: run `python docs/generate.py`"

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from una_train import logps
+from scoring import logps
 
 linear_logps = jaxtyped(logps.linear_logps, typechecker=beartype)
 row_sums = jaxtyped(logps.row_sums, typechecker=beartype)
@@ -350,3 +350,26 @@ def test_row_sums_spread_a_gradient_over_their_tokens():
 def test_lengths_that_do_not_add_up_are_refused():
     with pytest.raises(RuntimeError, match="split"):
         row_sums(torch.zeros(5), [2, 2])
+
+
+# --- without gradients ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("block", [(256, 4096), (2, 3), (1, 1)])
+def test_blocks_of_positions_and_vocabulary_equal_log_softmax(head, block, monkeypatch):
+    options = dict(HEADS[head])
+    hidden, linear, targets = inputs(torch.float32, options.pop("bias", False))
+    monkeypatch.setattr(logps, "BLOCK", {"cpu": block})
+    found = logps.streamed_logps(hidden, linear, targets, **options)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, plainly(hidden, linear, targets, **options).detach().float(), atol=2e-5, rtol=0)
+
+
+def test_an_id_beyond_the_vocabulary_has_no_log_prob():
+    hidden, linear, targets = inputs(torch.float32, False)
+    targets = targets.clone()
+    targets[0] = len(linear.weight)
+    found = logps.streamed_logps(hidden, linear, targets)
+    assert found[0].isnan()
+    assert found[1:].isfinite().all()

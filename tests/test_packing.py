@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from transformers import masking_utils
 
 from schemas.errors import UserError
-from una_train import config, data, packing, policy
+from scoring import packing
+from una_train import config, data, policy
 
 V, WINDOW = 50, 4
 SIZES = {

@@ -1,13 +1,15 @@
 """Publishing: splits by prompt, duplicates, order, and what other programs read in the directory."""
 
 import json
+from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl
 
-from pipelines import publish
-from schemas.feedback import check, check_comparisons
+from pipelines import plan, publish
+from schemas.feedback import FEEDBACK, check, check_comparisons
 from schemas.manifest import Manifest, sha256
 
 
@@ -49,6 +51,38 @@ def test_no_prompt_in_two_splits_no_duplicate_and_prompts_together(una_here, row
     assert len(seen["train"] | seen["test"]) == 60
     assert len(ids) == len(set(ids)) == 460
     assert 0.05 < len(seen["test"]) / 60 < 0.4
+
+
+def test_many_shards_and_many_small_files_make_few_pieces(rows, tmp_path, monkeypatch):
+    """Thousands of files and shards would be millions of pieces: each group of files has one file of them."""
+    monkeypatch.setattr(plan, "WAITING_BYTES", (4_000, 20_000))
+    whole = pq.read_table(shards(rows)[0])
+    paths = [str(tmp_path / f"{i:03}.parquet") for i in range(0, whole.num_rows, 10)]
+    for i, path in enumerate(paths):
+        pq.write_table(whole.slice(10 * i, 10), path)
+    sizes = [Path(path).stat().st_size for path in paths]
+    monkeypatch.setattr(publish, "GROUP_BYTES", 4 * max(sizes))
+    grouped = publish.groups(paths, sizes)
+    assert [path for group in grouped for path in group] == paths
+    assert all(len(group) >= 4 for group in grouped[:-1])
+    of = plan.Plan((("train", 0.5), ("test", 0.5)), (300, 300))
+    found: dict[int, list] = {}
+    for item in enumerate(grouped):
+        for shard, piece in publish.cut(item, of=of, schema=FEEDBACK, stage=str(tmp_path)):
+            found.setdefault(shard, []).append(piece)
+    assert len(list((tmp_path / "parts").iterdir())) == len(grouped) < len(paths) < len(found)
+    ids = []
+    for shard, pieces in found.items():
+        table = pa.concat_tables([plan.read(piece) for _, piece in pieces])
+        assert set(of.assign(table["prompt_id"])) == {shard}
+        ids += table["id"].to_pylist()
+    assert sorted(ids) == sorted(whole["id"].to_pylist())
+
+
+def test_shards_grow_when_there_would_be_too_many():
+    small, large = (publish.plan({"train": 0.5, "test": 0.5}, size << 30) for size in (1, 4096))
+    assert small.shards == (2, 2)
+    assert sum(large.shards) == publish.MOST_SHARDS
 
 
 def test_manifest_datasets_and_duckdb_agree(una_here, rows, tmp_path):

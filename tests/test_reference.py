@@ -2,16 +2,19 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow.dataset
 import pytest
 import torch
-from conftest import write_jsonl
+from conftest import REPO, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import engines, reference
+from pipelines import dataset, engines, io, reference
 from pipelines.engines.transformers import batches
 from schemas.errors import Reject
 from schemas.feedback import check, check_comparisons
@@ -114,6 +117,11 @@ def test_cuts_do_not_part_neighbours_of_a_comparison(comparisons, rows):
         assert comparisons[cut] is None or comparisons[cut] != comparisons[cut - 1]
 
 
+def test_part_files_grow_with_the_dataset_so_that_they_can_be_counted():
+    chunks = [dataset.chunk_rows(2_048, rows) for rows in (0, 10**7, 10**8, 10**9)]
+    assert chunks == [2_048, 2_048, 5_000, io.GROUP_ROWS]
+
+
 # --- the stage -----------------------------------------------------------------------------------
 
 
@@ -192,13 +200,158 @@ def test_a_log_prob_that_is_not_finite_rejects_its_row_and_partner():
     class Broken:
         version = "broken"
 
+        def cut(self, prompts, responses):
+            return [list(range(len(prompts)))]
+
         def score(self, prompts, responses):
             return [np.array([-np.inf if i == 1 else -1.0] * len(r), np.float32) for i, r in enumerate(responses)]
 
     import pyarrow as pa
 
     table = pa.table({"comparison_id": ["x", "x", None]})
-    chunk = reference.Chunk(reference.Address((0, 0, 0), "f", 0, 0, 3, 1), table, [[1]] * 3, [[2]] * 3, [None] * 3)
-    reference.score(chunk, Broken())
+    chunk = reference.Chunk(
+        reference.Address((0, 0, 0), "f", 0, 0, 3, 1), table, [[1]] * 3, [[2], [3], [4]], [None] * 3
+    )
+    reference.score(chunk, Broken)
     assert [w and w.reason for w in chunk.why] == ["comparison_incomplete", "invalid_logprob", None]
     assert isinstance(chunk.why[1], Reject)
+
+
+TWO = ("--direct_num_workers", "2", "--direct_running_mode", "multi_processing")
+
+
+def test_two_processes_write_the_same_bytes_with_one_store(una, rows, tmp_path, tiny_model):
+    """Their engine is loaded once, and each puts what it computed into the store."""
+    same = ["--model", tiny_model, "--no-parity"]
+    one = una("reference", rows, *same, "--output", tmp_path / "one")
+    two = una("reference", rows, *same, "--output", tmp_path / "two", *TWO)
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    for path in sorted((tmp_path / "one").rglob("*.parquet")):
+        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
+    again = una("reference", rows, *same, "--output", tmp_path / "two", "--overwrite", *TWO)
+    assert again.returncode == 0
+    assert Manifest.read(tmp_path / "two").statistics["scoring"]["computed"] == 0
+
+
+KILLED = """
+import os, signal, sys
+from pipelines import cli, store
+put = store.Store.put
+def killed(self, entries, part=""):
+    put(self, entries, part)
+    killed.batches += 1
+    if killed.batches == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+killed.batches = 0
+store.Store.put = killed
+cli.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_job_loses_no_batch_that_was_scored(una_here, rows, tmp_path, tiny_model):
+    argv = ["reference", rows, "--model", tiny_model, "--output", tmp_path / "s", "--batch-tokens", "300"]
+    code = [sys.executable, "-c", KILLED, *map(str, argv), "--no-parity"]
+    assert subprocess.run(code, cwd=REPO, capture_output=True).returncode == -signal.SIGKILL
+    assert not (tmp_path / "s").exists()
+    code, _, err = una_here(*argv)
+    assert code == 0, err
+    counts = Manifest.read(tmp_path / "s").statistics["scoring"]
+    assert counts["reused"] > 4
+    assert counts["computed"] > 0
+    table = read(tmp_path / "s")
+    expected = plain_loop(tiny_model, table["prompt_ids"].to_pylist(), table["response_ids"].to_pylist())
+    for found, want in zip(table["ref_logps"].to_pylist(), expected, strict=True):
+        np.testing.assert_allclose(found, want, atol=1e-4)
+
+
+def test_copies_of_an_engine_share_a_batch(tiny_model):
+    prompts, responses = sequences(n=9)
+    given = {"dtype": "float32", "batch_tokens": 256, "max_length": 256}
+    two = engines.load("transformers", str(tiny_model), **given, data_parallel=2)
+    assert sorted(i for batch in two.cut(prompts, responses) for i in batch) == list(range(9))
+    agree(two.score(prompts, responses), plain_loop(tiny_model, prompts, responses))
+    with pytest.raises(RuntimeError, match="IndexError"):  # an id beyond the vocabulary: what a copy raises
+        two.score(prompts, [*responses[:-1], [10_000, 9]])
+    agree(two.score(prompts, responses), plain_loop(tiny_model, prompts, responses))
+
+
+def test_an_adapter_is_part_of_the_reference(una_here, rows, tmp_path, tiny_model):
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), lora)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    argv = ["reference", rows, "--model", tiny_model, "--store", tmp_path / "store", "--adapter"]
+    code, _, err = una_here(*argv, tmp_path / "adapter", "--output", tmp_path / "s")
+    assert code == 0, err
+    table, manifest = read(tmp_path / "s"), Manifest.read(tmp_path / "s")
+    prompts, responses = (table[name].to_pylist() for name in ("prompt_ids", "response_ids"))
+    expected = plain_loop(tmp_path / "merged", prompts[:6], responses[:6])
+    without = plain_loop(tiny_model, prompts[:6], responses[:6])
+    for found, want, other in zip(table["ref_logps"].to_pylist(), expected, without, strict=False):
+        np.testing.assert_allclose(found, want, atol=1e-3)
+        assert np.abs(np.array(found) - other).max() > 1e-2
+    assert len(manifest.reference["adapter"]) == 64
+    code, _, err = una_here(*argv, tiny_model, "--output", tmp_path / "t")
+    assert (code, "no LoRA adapter here" in err) == (1, True)
+
+
+def test_a_tokenizer_that_is_not_the_models_is_told(una_here, rows, tmp_path, tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    small = shutil.copytree(tiny_model, tmp_path / "small")
+    model = AutoModelForCausalLM.from_pretrained(small)
+    model.resize_token_embeddings(40)
+    model.save_pretrained(small)
+    code, _, err = una_here("reference", rows, "--model", small, "--output", tmp_path / "s")
+    assert (code, "tokenizer and model do not match" in err) == (1, True), err
+
+
+def test_rows_with_tokens_that_the_model_has_not_are_rejected(tiny_model):
+    renderer = reference.Render(str(tiny_model), 512, vocabulary=119)
+    renderer.setup()
+    message = [{"role": "user", "content": "a"}]
+    with pytest.raises(Reject) as no:
+        renderer._ids(message, "{}~")
+    assert no.value.reason == "unknown_token"
+
+
+def test_a_template_without_system_turns_rejects_the_rows_that_have_one(una_here, tmp_path, tiny_model):
+    strict = shutil.copytree(tiny_model, tmp_path / "strict")
+    template = (strict / "chat_template.jinja").read_text()
+    refusal = "{{ raise_exception('no system turns') }}"
+    no = f"{{% for m in messages %}}{{% if m.role == 'system' %}}{refusal}{{% endif %}}{{% endfor %}}"
+    (strict / "chat_template.jinja").write_text(no + template)
+    ask = {"role": "user", "content": "a question"}
+    records = [
+        {"messages": [*system, ask, {"role": "assistant", "content": "an answer"}], "label": True}
+        for system in ([], [{"role": "system", "content": "be short"}])
+    ]
+    records = [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:], "label": True} for r in records]
+    path = write_jsonl(tmp_path / "thumbs.jsonl", records)
+    assert una_here("ingest", path, "--output", tmp_path / "rows")[0] == 0
+    argv = ["reference", tmp_path / "rows", "--model", strict, "--output", tmp_path / "s", "--max-rejected", "1"]
+    code, out, err = una_here(*argv, "--json")
+    assert code == 0, err
+    facts = json.loads(out.strip().splitlines()[-1])
+    assert (facts["accepted"], facts["rejected"]) == (1, {"template_error": 1})
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--store", "s3://bucket/store"], "must be a directory of this machine"),
+        (["--store", "x", "--no-store"], "goes against --store"),
+        (["--parity-rows", "0"], "--no-parity"),
+        (["--parity-tolerance", "nan"], "a number of nats"),
+        (["--batch-tokens", "0"], "must be positive"),
+        (["--quantization", "fp8"], "engine transformers has no such option"),
+        (["--engine", "server"], "give the server's address"),
+    ],
+)
+def test_options_that_do_not_go_together(una_here, rows, tmp_path, tiny_model, more, says):
+    code, _, err = una_here("reference", rows, "--model", tiny_model, "--output", tmp_path / "s", *more)
+    assert (code, says in err) == (2, True), err

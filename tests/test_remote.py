@@ -3,10 +3,12 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openpyxl
 import pyarrow as pa
@@ -15,7 +17,7 @@ import pytest
 import yaml
 from conftest import MOTO, REPO, served, write_jsonl
 
-from pipelines import io, remote
+from pipelines import io, models, remote
 from schemas.errors import UserError
 
 
@@ -339,6 +341,36 @@ def test_what_cannot_be_copied_is_an_error(bucket):
         remote.copy({f"{bucket.url}/a": f"{bucket.url}/b", f"{bucket.url}/gone": f"{bucket.url}/c"})
 
 
+def test_a_model_in_a_store_is_copied_once(bucket, tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setenv("UNA_MODELS", str(tmp_path / "models"))
+    bucket.put_all(tiny_model, "model")
+    bucket.put("model/original/weights.safetensors", b"not of the model")
+    bucket.put("model/weights.gguf", b"nor this")
+    there = models.local(f"{bucket.url}/model/")
+    assert files(there) == {name: data for name, data in files(tiny_model).items() if "/" not in name}
+    stamps = {path: path.stat().st_mtime_ns for path in there.iterdir()}
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(models.local, [f"{bucket.url}/model"] * 8)) == {there}
+    assert {path: path.stat().st_mtime_ns for path in there.iterdir()} == stamps
+    bucket.put("model/config.json", (tiny_model / "config.json").read_bytes() + b" ")
+    changed = models.local(f"{bucket.url}/model")
+    assert changed != there
+    shutil.rmtree(changed)
+    (changed.parent / f"{changed.name}.partial").mkdir()  # as a process that was killed leaves it
+    (changed.parent / f"{changed.name}.partial/half.safetensors").write_bytes(b"1")
+    assert not (models.local(f"{bucket.url}/model") / "half.safetensors").exists()
+    with pytest.raises(UserError, match="no model here"):
+        models.local(f"{bucket.url}/none")
+    assert models.local(tiny_model) == tiny_model
+
+
+def test_a_commit_of_many_files_copies_them_all(bucket):
+    for i in range(100):
+        bucket.put(f"parts/{i}", str(i).encode())
+    remote.copy({f"{bucket.url}/parts/{i}": f"{bucket.url}/data/{i}" for i in range(100)})
+    assert stored(bucket, "data") == {str(i): str(i).encode() for i in range(100)}
+
+
 # --- recipes -------------------------------------------------------------------------------------
 
 
@@ -411,33 +443,28 @@ def test_what_is_not_on_the_hub(una, hub, path):
 # --- Google --------------------------------------------------------------------------------------
 
 
-def test_google_storage(una_here, tmp_path, monkeypatch):
-    pytest.importorskip("google.cloud.storage", reason="gs:// needs google-cloud-storage (the extra gcp)")
-    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcp-storage-emulator")
-    server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
-    server.start()
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server._api._httpd.server_port}")
-    try:
-        make_inputs(tmp_path / "in")
-        for name, data in files(tmp_path / "in").items():
-            io.write_whole(f"gs://bucket/in/{name}", data)
-        for root in (tmp_path, "gs://bucket"):
-            for line in (
-                f"ingest {root}/in/*.jsonl {root}/in/c.parquet --max-rejected 0.5 --output {root}/rows",
-                f"ingest {root}/in/e.csv --max-rejected 0.5 --overwrite --output {root}/rows",
-                f"view {root}/rows --as binary --output {root}/thumbs",
-            ):
-                code, _, err = una_here(*line.split())
-                assert code == 0, err
-        for name in ("rows", "thumbs"):
-            there = {path.removeprefix(f"gs://bucket/{name}/"): path for path in remote.below(f"gs://bucket/{name}")}
-            assert {name: io.open_raw(path).read() for name, path in there.items()} == files(tmp_path / name)
-        assert [path for path in remote.below("gs://bucket") if ".incomplete" in path] == []
-        for path, says in (("gs://none/x.jsonl", "no such bucket"), ("gs://bucket/*.none", "no file matches")):
-            code, _, err = una_here("inspect", path)
-            check_one_line(code, err, says)
-    finally:
-        server.stop()
+def test_google_storage(una_here, tmp_path, google_storage):
+    make_inputs(tmp_path / "in")
+    for name, data in files(tmp_path / "in").items():
+        io.write_whole(f"gs://bucket/stores/in/{name}", data)
+    for root in (tmp_path, "gs://bucket/stores"):
+        for line in (
+            f"ingest {root}/in/*.jsonl {root}/in/c.parquet --max-rejected 0.5 --output {root}/rows",
+            f"ingest {root}/in/e.csv --max-rejected 0.5 --overwrite --output {root}/rows",
+            f"view {root}/rows --as binary --output {root}/thumbs",
+        ):
+            code, _, err = una_here(*line.split())
+            assert code == 0, err
+    for name in ("rows", "thumbs"):
+        there = {
+            path.removeprefix(f"gs://bucket/stores/{name}/"): path
+            for path in remote.below(f"gs://bucket/stores/{name}")
+        }
+        assert {name: io.open_raw(path).read() for name, path in there.items()} == files(tmp_path / name)
+    assert [path for path in remote.below("gs://bucket/stores") if ".incomplete" in path] == []
+    for path, says in (("gs://none/x.jsonl", "no such bucket"), ("gs://bucket/*.none", "no file matches")):
+        code, _, err = una_here("inspect", path)
+        check_one_line(code, err, says)
 
 
 def test_google_storage_without_its_packages(una, tmp_path):

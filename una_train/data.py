@@ -28,7 +28,7 @@ from torch import Tensor
 
 from schemas import feedback
 from schemas.errors import UserError
-from una_train.packing import PROMPT, Layout
+from scoring.packing import Layout, pack, predicting
 
 Group = tuple[int, ...]  # row numbers: two of a comparison, or one
 Bundle = tuple[Group, ...]  # groups of one prompt
@@ -407,17 +407,15 @@ class Batch:
         return self.input_ids.numel()
 
     def to(self, device: torch.device) -> "Batch":
-        layout = self.layout and replace(self.layout, **_moved(self.layout, device))
-        return replace(self, **_moved(self, device), layout=layout)
+        moved: dict[str, Any] = {
+            name: v.to(device, non_blocking=True) for name, v in vars(self).items() if isinstance(v, Tensor)
+        }
+        return replace(self, **moved, layout=self.layout and self.layout.to(device))
 
     def pinned(self) -> "Batch":
         """In memory that a GPU copies from while it computes."""
         pinned: dict[str, Any] = {name: v.pin_memory() for name, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **pinned)
-
-
-def _moved(values: Batch | Layout, device: torch.device) -> dict[str, Any]:
-    return {name: v.to(device, non_blocking=True) for name, v in vars(values).items() if isinstance(v, Tensor)}
 
 
 def collate(split: Split, bundles: Sequence[Bundle], layout: str = "shared") -> Batch:
@@ -430,17 +428,14 @@ def collate(split: Split, bundles: Sequence[Bundle], layout: str = "shared") -> 
         where = None
     else:
         stretches = _stretches(split, order, sizes, layout == "shared")
-        input_ids, ends, starts, where = _packed(split, stretches)
+        packed = pack([(split.prompts[rows[0]], [split.responses[row] for row in rows]) for rows in stretches])
+        input_ids, ends, starts, where = packed.ids[None], packed.ends, packed.starts, packed.layout
     responses = [split.responses[row] for row in order]
-    # the first token of a response is predicted by the prompt's end, the others by the tokens before them
-    predicts = [
-        np.concatenate([[e], np.arange(s, s + len(r) - 1)]) for e, s, r in zip(ends, starts, responses, strict=True)
-    ]
     return Batch(
         groups=groups,
         input_ids=torch.from_numpy(input_ids),
         layout=where,
-        predicts=torch.from_numpy(np.concatenate(predicts)),
+        predicts=torch.from_numpy(predicting(ends, starts, [len(response) for response in responses])),
         targets=torch.from_numpy(np.concatenate(responses).astype(np.int64)),
         lengths=[len(response) for response in responses],
         prompt_ends=torch.tensor(ends),
@@ -466,32 +461,6 @@ def _stretches(split: Split, order: list[int], sizes: list[int], share_prompt: b
         else:
             out.append([row])
     return out
-
-
-def _packed(split: Split, stretches: list[list[int]]) -> tuple[np.ndarray, list[int], list[int], Layout]:
-    """One line of tokens, where each row's prompt ends and its response starts in it, and the layout."""
-    ids, positions, branches, numbers = [], [], [], []
-    ends: list[int] = []
-    starts: list[int] = []
-    spans: list[list[tuple[int, int]]] = []
-    at = 0
-    for number, rows in enumerate(stretches):
-        prompt = split.prompts[rows[0]]
-        parts = [prompt, *(split.responses[row][:-1] for row in rows)]
-        end = at + len(prompt) - 1
-        spans.append([])
-        for branch, part in enumerate(parts):
-            ids.append(part)
-            positions.append(np.arange(len(part)) + (len(prompt) if branch else 0))
-            branches.append(np.full(len(part), branch or PROMPT))
-            numbers.append(np.full(len(part), number))
-            if branch:
-                ends.append(end)
-                starts.append(at)
-            spans[-1].append((at, at + len(part)))
-            at += len(part)
-    places, prompts, parts_of = (torch.from_numpy(np.concatenate(x)) for x in (positions, numbers, branches))
-    return np.concatenate(ids).astype(np.int64)[None], ends, starts, Layout(places, prompts, parts_of, spans)
 
 
 def _padded(split: Split, order: list[int]) -> tuple[np.ndarray, list[int], list[int]]:

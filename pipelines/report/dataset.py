@@ -188,6 +188,7 @@ def dataset_page(directory: str) -> Page:
             section("Labellers", labeller_blocks(manifest.statistics.get("labels") or {})),
             section("Lengths", _length_blocks(found)),
             section("Reference", [_logp_chart(found), facts_table("fingerprint", manifest.reference)]),
+            section("Parity", _parity_blocks(manifest.statistics)),
             section("Rejected", [_rejected_table(*rejected)]),
             section("Stages", [_stages_table(manifest)]),
             section("Policies", [facts_table("policy", manifest.policies)]),
@@ -325,6 +326,25 @@ def _logp_chart(found: Scan) -> Block:
     low = max(min(key[-1] for key in found.logps), -10) - 0.5
     panel = stacked(LOGP_BINS, stacks, COLOURS, xlabel="mean log-prob per token (nats)", xlim=(low, 0.1))
     return chart("Mean log π_ref per response token, by row", [panel])
+
+
+def _parity_blocks(statistics: dict[str, Any]) -> list[Block]:
+    """What the engine's log-probs differ from plain transformers', and how many were computed."""
+    blocks = [facts_table("rows", statistics["scoring"])] if statistics.get("scoring") else []
+    found = statistics.get("parity")
+    if not found:
+        return blocks
+    names = ("of", "rows", "tokens", "mean", "max", "sequence_mean", "sequence_max", "tolerance")
+    blocks.append(facts_table("|Δ| to plain transformers in float32, nats", {n: found[n] for n in names if n in found}))
+    for key, what in (("by_length", "response tokens"), ("by_position", "position in the response")):
+        body = [
+            [f"{one['from']} to {one['to'] or '…'}", one["tokens"], f"{one['mean']:.2g}", f"{one['max']:.2g}"]
+            + [f"{one[n]:.2g}" for n in ("sequence_mean", "sequence_max") if n in one]
+            for one in found[key]
+        ]
+        more = ["mean per response", "max per response"] if key == "by_length" else []
+        blocks.append(table([what, "tokens", "mean per token", "max", *more], body, range(1, 4 + len(more))))
+    return blocks
 
 
 def _rejected_table(counts: Counter[str], examples: dict[str, dict[str, Any]]) -> Block:

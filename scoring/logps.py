@@ -2,8 +2,9 @@
 
 The head of a causal model costs V numbers per position: only positions that predict a response token meet it, a chunk
 of them at a time, and the backward pass computes a chunk's logits again instead of keeping them (unless all of them
-are few). The model's own forward, with the head applied to the same positions at once, is the fallback for heads that
-are not one plain linear layer. What is left out: attention over packed rows (`packing`) and the losses.
+are few). Without gradients, chunks are of the vocabulary too (`streamed_logps`). The model's own forward, with the head
+applied to the same positions at once, is the fallback for heads that are not one plain linear layer. What is left out:
+attention over packed rows (`packing`) and the losses.
 
 Shapes: T tokens, D hidden width, V vocabulary, N response tokens of all rows together.
 """
@@ -23,6 +24,9 @@ from torch.distributed.tensor import DTensor
 CHUNK = {"cpu": 6 << 20, "cuda": 1 << 26}
 # With no more logits than this in all, their softmax waits for the backward pass instead of being computed again.
 KEPT = {"cpu": 1 << 25, "cuda": 1 << 28}
+
+# Without gradients: positions and columns of the vocabulary whose logits exist at once. On a CPU they fit its caches.
+BLOCK = {"cpu": (256, 4096), "cuda": (2048, 32_768)}
 
 
 def linear_logps(
@@ -148,6 +152,43 @@ def _plus_product(total: Tensor | None, d: Tensor, hidden: Tensor) -> Tensor:
 def _chunks(positions: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
     size = max(1, CHUNK.get(device.type, 1 << 24) // vocabulary)
     return (slice(start, start + size) for start in range(0, positions, size))
+
+
+@torch.inference_mode()
+def streamed_logps(
+    hidden: Float[Tensor, "N D"],
+    head: nn.Linear,
+    targets: Int64[Tensor, " N"],
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Float32[Tensor, " N"]:
+    """`linear_logps` without gradients: blocks of positions by blocks of the vocabulary, with a running log-sum-exp.
+
+    No more than `BLOCK` logits exist at a time. They have the dtype that the model's head gives, then float32.
+    """
+    how = _How(hidden.dtype, scale, softcap, keep=False)
+    positions, columns = BLOCK["cuda" if hidden.is_cuda else "cpu"]
+    logps = hidden.new_empty(len(targets), dtype=torch.float32)
+    for start in range(0, len(targets), positions):
+        rows = slice(start, start + positions)
+        logps[rows] = _streamed(hidden[rows], head, targets[rows, None], how, columns)
+    return logps
+
+
+def _streamed(hidden: Tensor, head: nn.Linear, targets: Tensor, how: _How, columns: int) -> Tensor:
+    vocabulary = len(head.weight)
+    top = hidden.new_full(targets.shape, -torch.inf, dtype=torch.float32)
+    total, chosen = torch.zeros_like(top), torch.full_like(top, torch.nan)  # of an id beyond the vocabulary
+    for first in range(0, vocabulary, columns):
+        some = slice(first, min(first + columns, vocabulary))
+        bias = None if head.bias is None else head.bias[some]
+        logits = _logits(hidden, head.weight[some], bias, how)
+        here = (targets >= some.start) & (targets < some.stop)
+        chosen = torch.where(here, logits.gather(-1, (targets - first).clamp(0, logits.shape[1] - 1)), chosen)
+        higher = torch.maximum(top, logits.amax(-1, keepdim=True))
+        total = total * (top - higher).exp() + logits.sub_(higher).exp_().sum(-1, keepdim=True)
+        top = higher
+    return (chosen - top - total.log())[:, 0]
 
 
 def row_sums(flat: Float[Tensor, " N"], lengths: Sequence[int]) -> Float64[Tensor, " B"]:

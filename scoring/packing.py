@@ -7,18 +7,19 @@ transformers hands every model's attention to a registered function; ours asks t
 sliding window, chunks) about *positions*, and adds that only tokens of one path see each other. On a GPU it is one
 FlexAttention call over a block-sparse mask; elsewhere SDPA calls for each prompt and each response, so that no work
 is done between them. Soft-caps are honoured; attention sinks and position biases are refused. What is left out: which
-rows are packed together (`data`), and which models this fits (`policy` tries it).
+rows are packed together, and which models this fits (who uses it tries it).
 
 Shapes: T tokens of a packed sequence, H heads, D numbers per head.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int64
@@ -40,11 +41,58 @@ class Layout:
     branch: Int64[Tensor, " T"]  # PROMPT, or the number of the response
     spans: list[list[tuple[int, int]]]  # of each prompt: where its own tokens are, and those of each response
 
+    def to(self, device: torch.device) -> "Layout":
+        positions, prompt, branch = (
+            x.to(device, non_blocking=True) for x in (self.positions, self.prompt, self.branch)
+        )
+        return Layout(positions, prompt, branch, self.spans)
+
     def visible(self, query: Tensor, key: Tensor) -> Tensor:
         """Whether two tokens are on one path, and the key does not come after the query."""
         same = self.prompt[query] == self.prompt[key]
         path = (self.branch[key] == PROMPT) | (self.branch[query] == self.branch[key])
         return same & path & (query >= key)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Prompts and their responses in one sequence. R rows (responses), in the order in which they were given."""
+
+    ids: np.ndarray  # int64 [T]
+    ends: list[int]  # of each row, where its prompt's last token is: it predicts the first token of the response
+    starts: list[int]  # of each row, where its response starts, whose last token is left out: it predicts nothing
+    layout: Layout
+
+
+def pack(bundles: Sequence[tuple[Sequence[int] | np.ndarray, Sequence[Sequence[int] | np.ndarray]]]) -> Packed:
+    """Each prompt's token ids, followed by those of its responses but for their last."""
+    ids, positions, branches, numbers = [], [], [], []
+    ends: list[int] = []
+    starts: list[int] = []
+    spans: list[list[tuple[int, int]]] = []
+    at = 0
+    for number, (prompt, responses) in enumerate(bundles):
+        end = at + len(prompt) - 1
+        spans.append([])
+        for branch, part in enumerate([prompt, *(response[:-1] for response in responses)]):
+            ids.append(np.asarray(part, np.int64))
+            positions.append(np.arange(len(part)) + (len(prompt) if branch else 0))
+            branches.append(np.full(len(part), branch or PROMPT))
+            numbers.append(np.full(len(part), number))
+            if branch:
+                ends.append(end)
+                starts.append(at)
+            spans[-1].append((at, at + len(part)))
+            at += len(part)
+    places, prompts, parts_of = (torch.from_numpy(np.concatenate(x)) for x in (positions, numbers, branches))
+    return Packed(np.concatenate(ids), ends, starts, Layout(places, prompts, parts_of, spans))
+
+
+def predicting(ends: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
+    """The places whose logits predict the tokens of responses: a prompt's end, then the tokens before each token."""
+    return np.concatenate(
+        [np.append(e, np.arange(s, s + n - 1)) for e, s, n in zip(ends, starts, lengths, strict=True)]
+    )
 
 
 @dataclass(frozen=True)
