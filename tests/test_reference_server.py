@@ -32,7 +32,7 @@ def test_a_server_gives_what_a_plain_loop_gives(vllm_server, tiny_model, monkeyp
     found = engine.score(prompts[:3], bad)
     assert isinstance(found[1], Reject)
     agree([found[0], found[2]], plain_loop(tiny_model, [prompts[0], prompts[2]], [bad[0], bad[2]]))
-    with pytest.raises(UserError, match="HTTP 401.*NOT_SET"):
+    with pytest.raises(UserError, match=r"HTTP 401.*NOT_SET"):
         client(url, server_key_env="NOT_SET")
     with pytest.raises(UserError, match="serves tiny, not 'other'"):
         client(url, server_key_env="OF_SERVER", server_model="other")
