@@ -57,7 +57,7 @@ def vllm_server(tiny_model, tmp_path_factory):
     key, log = "sk-of-the-test-server", tmp_path_factory.mktemp("server") / "log"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_model)]
     command += ["--served-model-name", "tiny", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--max-model-len", "2048", "--enforce-eager"]
+    command += ["--max-model-len", "8192", "--hf-overrides", '{"max_position_embeddings": 8192}', "--enforce-eager"]
     # a random model would write blanks for ever where JSON allows them
     command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_API_KEY": key}

@@ -2,8 +2,11 @@
 
 import json
 import urllib.request
+from collections import Counter
 
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from pipelines.labellers import judge
 from pipelines.labellers.base import Item
@@ -66,7 +69,7 @@ def test_a_second_run_asks_neither(at_server, tiny_model, tmp_path, monkeypatch)
     for settings in (at_server, local):
         first = outcomes(SINGLE, tmp_path, **settings, structured="choices")
         for asks in (judge.Local, judge.Endpoint):
-            monkeypatch.setattr(asks, "ask", lambda self, bodies, keep: iter([1 / 0] if bodies else []))
+            monkeypatch.setattr(asks, "ask", lambda self, bodies, *_: iter([1 / 0] if bodies else []))
         assert outcomes(SINGLE, tmp_path, **settings, structured="choices") == first
         monkeypatch.undo()
         monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-test-server")
@@ -111,19 +114,29 @@ def test_special_tokens_in_a_response_are_text_to_the_model(at_server, vllm_serv
 
 
 @pytest.mark.real_data
-def test_mt_bench_answers_judged_by_a_local_server(at_server, real_data, tmp_path):
-    where = real_data / "mt_bench_single"
-    questions = {row["question_id"]: row["turns"][0] for row in lines(where / "question.jsonl")}
-    answers = sorted(lines(where / "granite-7b-lab.answers.jsonl"), key=lambda row: len(row["choices"][0]["turns"][0]))
-    some = [
-        Item([{"role": "user", "content": questions[row["question_id"]]}], (row["choices"][0]["turns"][0],), {})
-        for row in answers[:12]
-    ]
-    identity, found = outcomes(some, tmp_path, **at_server, mode="pointwise", expected=True, high=9)
-    assert identity.labeller.startswith("judge:tiny@")
-    assert all(1 <= score.value <= 9 for score in found)
-    assert len({score.value for score in found}) > 6  # each was read
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+def test_rows_that_a_judge_failed_to_score_get_a_score_by_a_local_server(una, at_server, real_data, tmp_path):
+    """Of 160 answers 40 have a score by GPT-4; the others get one here, and it is told how far both judges agree."""
+    path = real_data / "mt_bench_single" / "gpt-4_single.jsonl"
+    assert una("ingest", path, "--missing", "unlabelled", "--output", tmp_path / "rows").returncode == 0
+    asking = {"kind": "judge", **at_server, "structured": "choices", "expected": True, "high": 9}
+    (tmp_path / "judge.yaml").write_text(yaml.safe_dump(asking))
+    asked = ("label", tmp_path / "rows", "--labeller", tmp_path / "judge.yaml", "--cache", tmp_path / "cache", "--json")
+    done = una(*asked, "--only-missing", "--output", tmp_path / "missing")
+    assert done.returncode == 0, done.stderr
+    assert (done.json["accepted"], done.json["touched"]) == (160, {"only_missing": 40})
+    assert done.json["spent"]["calls"] == 120
+    rows = pq.read_table(tmp_path / "missing" / "data").to_pylist()
+    assert Counter(row["labeller"].partition("@")[0] for row in rows) == {"judge:gpt-4": 40, "judge:tiny": 120}
+    raw = [row["raw_reward"] for row in rows if row["labeller"].startswith("judge:tiny")]
+    assert 1 <= min(raw) < max(raw) <= 9
+    assert len(set(raw)) > 100  # each was read
+    done = una(*asked, "--against", "all", "--output", tmp_path / "all")
+    assert done.returncode == 0, done.stderr
+    assert done.json["spent"]["calls"] == 40  # the others are in the cache
+    ((of_source,),) = (of.values() for of in done.json["statistics"]["labels"]["labellers"].values())
+    rows = pq.read_table(tmp_path / "all" / "data").to_pylist()
+    before = [(row["reward"], json.loads(row["metadata"]).get("labels")) for row in rows]
+    mine, theirs = zip(*((reward, of[0]["reward"]) for reward, of in before if of), strict=True)
+    assert of_source["agreement"]["items"] == len(mine) == 40
+    kendall = pytest.importorskip("scipy.stats").kendalltau(mine, theirs).statistic
+    assert of_source["agreement"]["kendall"] == pytest.approx(kendall, abs=1e-5)

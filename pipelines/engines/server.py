@@ -69,7 +69,7 @@ class ServerEngine:
         again."""
         bodies = [self._body(p + r) for p, r in zip(prompts, responses, strict=True)]
         found: list[Any] = [None] * len(bodies)
-        for i, answer in self._endpoint.ask(bodies, lambda *_: None):
+        for i, answer in self._endpoint.ask(bodies, keep=lambda *_: None, known=lambda _: None):
             found[i] = self._logps(answer, len(prompts[i]), responses[i])
         return found
 
