@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from schemas.errors import UserError
 
@@ -53,9 +52,10 @@ def check(
     return {**made, "tolerance": limit}
 
 
-@torch.inference_mode()
 def plain(network: Any, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[np.ndarray]:
     """Log-probs of responses, in float64 from float32 logits, one row at a time."""
+    import torch  # here and below: what only reads rows of a reference does without
+
     model = network().eval()
     device = _roomy(model)
     try:
@@ -74,13 +74,18 @@ def plain(network: Any, prompts: Sequence[list[int]], responses: Sequence[list[i
 
 def _roomy(model: Any) -> str:
     """A GPU that the model fits into with something to spare, else the CPU."""
+    import torch
+
     needed = 1.2 * sum(p.numel() * p.element_size() for p in model.parameters())
     return "cuda" if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > needed else "cpu"
 
 
 def _row(model: Any, prompt: list[int], response: list[int], device: str) -> np.ndarray:
+    import torch
+
     ids = torch.tensor([prompt + response[:-1]], device=device)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(response)).logits[0, -len(response) :]
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(response)).logits[0, -len(response) :]
     target = torch.tensor(response, device=device)
     some = zip(logits.split(64), target.split(64), strict=True)
     logps = [torch.log_softmax(z.double(), -1).gather(1, t[:, None])[:, 0] for z, t in some]

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines import dataset, engines, io, reference
-from pipelines.engines.transformers import batches
+from pipelines.engines.transformers import batches, bundles
 from schemas.errors import Reject
 from schemas.feedback import check, check_comparisons
 from schemas.manifest import Manifest
@@ -355,3 +355,14 @@ def test_a_template_without_system_turns_rejects_the_rows_that_have_one(una_here
 def test_options_that_do_not_go_together(una_here, rows, tmp_path, tiny_model, more, says):
     code, _, err = una_here("reference", rows, "--model", tiny_model, "--output", tmp_path / "s", *more)
     assert (code, says in err) == (2, True), err
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 60)), min_size=1, max_size=40), st.integers(1, 200))
+def test_bundles_cover_every_row_once_and_read_prompts_seldom(rows, budget):
+    prompts, responses = [[k] * (10 + 20 * k) for k, _ in rows], [[0] * n for _, n in rows]
+    cut = list(bundles(prompts, responses, budget))
+    assert sorted(i for batch in cut for i in batch) == list(range(len(rows)))
+    for batch in cut:
+        of = {tuple(prompts[i]) for i in batch}
+        tokens = sum(map(len, of)) + sum(len(responses[i]) for i in batch)
+        assert len(batch) == 1 or tokens <= budget + (max(map(len, of)) if len(of) == 1 else 0)

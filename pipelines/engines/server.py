@@ -69,7 +69,7 @@ class ServerEngine:
         again."""
         bodies = [self._body(p + r) for p, r in zip(prompts, responses, strict=True)]
         found: list[Any] = [None] * len(bodies)
-        for i, answer in self._endpoint.ask(bodies, lambda *_: None, lambda _: None):
+        for i, answer in self._endpoint.ask(bodies, keep=lambda *_: None, known=lambda _: None):
             found[i] = self._logps(answer, len(prompts[i]), responses[i])
         return found
 
@@ -117,7 +117,7 @@ def load(
 ) -> ServerEngine:
     """A client of a server that is there, lists the model and takes rows of `max_length` tokens."""
     url, key, name = checked(server), os.environ.get(server_key_env, ""), server_model or model
-    status, content = fetch(f"{url}/models", key)
+    status, content = fetch(f"{url}/models", key, setting="--server")
     if status in (401, 402, 403):
         raise UserError(f"{url}: the key is missing or wrong (HTTP {status}); it is read from {server_key_env}")
     try:

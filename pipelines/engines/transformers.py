@@ -42,7 +42,10 @@ def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def bundles(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
-    """Indices, those of one prompt together, cut so that prompts and responses stay within `budget` tokens (or one)."""
+    """Indices, those of one prompt together, cut so that prompts and responses stay within `budget` tokens.
+
+    Responses of one prompt may exceed it by the prompt, which they would read twice otherwise; one row may be longer.
+    """
     of_prompt: dict[tuple[int, ...], list[int]] = {}
     for i, prompt in enumerate(prompts):
         of_prompt.setdefault(tuple(prompt), []).append(i)
@@ -56,7 +59,7 @@ def bundles(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
         alone = True  # whether the prompt is not in the batch yet
         for i in rows:
             cost = len(prompt_ids) * alone + len(responses[i])
-            if batch and used + cost > budget:
+            if batch and used + cost > budget + len(prompt_ids):
                 yield batch
                 batch, used, cost = [], 0, len(prompt_ids) + len(responses[i])
             batch.append(i)

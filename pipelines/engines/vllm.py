@@ -178,7 +178,7 @@ def load(
         model,
         dtype=dtype,
         max_model_len=max_length + 1,
-        max_num_batched_tokens=sizes.tokens,
+        max_num_batched_tokens=sizes.tokens if gpu else max(sizes.tokens, max_length + 1),
         max_num_seqs=min(AT_A_TIME, sizes.tokens),
         enable_prefix_caching=gpu if prefix_caching is None else prefix_caching,
         tensor_parallel_size=tensor_parallel,
@@ -205,8 +205,8 @@ def _memory(model: str, dtype: str, max_length: int, devices: int, gpu: bool) ->
     if gpu:
         free, total = torch.cuda.mem_get_info()
     else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        said = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        total, free = (int(said[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable"))
     return {
         "total": total,
         "free": free,

@@ -412,8 +412,8 @@ def checked(url: str) -> str:
     return url.rstrip("/")
 
 
-def fetch(url: str, key: str, timeout: float = 10.0) -> tuple[int, bytes]:
-    """Status and body of one GET; `UserError` when no server answers."""
+def fetch(url: str, key: str, timeout: float = 10.0, setting: str = "base_url") -> tuple[int, bytes]:
+    """Status and body of one GET; `UserError` when no server answers. `setting` is where the address was given."""
 
     async def get() -> tuple[int, bytes]:
         timed = aiohttp.ClientTimeout(total=timeout)
@@ -427,8 +427,8 @@ def fetch(url: str, key: str, timeout: float = 10.0) -> tuple[int, bytes]:
         with ThreadPoolExecutor(1) as one:  # the caller may have an event loop of its own
             return one.submit(asyncio.run, get()).result()
     except (aiohttp.ClientError, OSError) as error:
-        base = url.rpartition("/")[0]
-        raise UserError(f"{base}: no server answers ({_words(error, key)}); start it, or mend the address") from None
+        base, said = url.rpartition("/")[0], _words(error, key)
+        raise UserError(f"{base}: no server answers ({said}); start it, or mend {setting}") from None
 
 
 def probe(url: str, key: str, model: str, timeout: float = 10.0) -> None:
