@@ -94,6 +94,16 @@ COMMANDS: dict[str, tuple[str, str, str, str, str, str]] = {
         "una train data/published --model models/base --output runs/policy --set beta=0.1 --set lora=true\n"
         "accelerate launch -m una_train data/published --model models/base --output runs/policy",
     ),
+    "online": (
+        "una_train.online",
+        "add_arguments",
+        "command",
+        NONE,
+        "train a policy on its own responses: sample, reward, score, step",
+        "una online prompts.jsonl --model models/base --reward reward.yaml --output runs/online --set beta=0.1\n"
+        "una online data/published --model models/base --reward judge.yaml --offline data/published "
+        "--set offline_ratio=0.25 --output runs/online",
+    ),
     "reward-model": (
         "una_train.reward_model",
         "add_arguments",

@@ -43,6 +43,16 @@ class Renderer(conversation.Conversation):
         prompt_ids = self.with_bos(self.tokens(start))
         return prompt_ids, self._ended(self.tokens(whole[len(start) :]))
 
+    def prompt_ids(self, prompt: list[Message]) -> list[int]:
+        """Token ids of a prompt, up to where the assistant begins; `Reject` when they cannot be made."""
+        self.refuse_special(prompt)
+        return self.with_bos(self.tokens(self.text([conversation.for_template(m) for m in prompt], generation=True)))
+
+    def words(self, ids: list[int]) -> str:
+        """The text of a sampled response: what stands before its end of turn, special tokens left out."""
+        ids = ids[:-1] if ids and ids[-1] == self.end_of_turn else ids
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
     def _ended(self, ids: list[int]) -> list[int]:
         """Cut what the template writes after the end-of-turn token, or append that token where it writes none."""
         if self.end_of_turn in ids:

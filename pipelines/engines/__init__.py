@@ -1,7 +1,8 @@
-"""Engines that compute response log-probs under the reference model; each module has the same `load`."""
+"""Engines that compute response log-probs under the reference model, or sample responses from a model."""
 
 import importlib.metadata
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol
 
@@ -35,3 +36,61 @@ def version(name: str) -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     raise UserError(f"--engine {name}: not installed; see Installation in the README")
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A response as a model wrote it."""
+
+    ids: list[int]  # the end-of-turn token included, if it was written
+    logps: np.ndarray  # float32, one per token, nats; of the model at temperature 1
+    finished: bool  # ended with the end-of-turn token, not because there was no room for more
+
+
+class Sampler(Protocol):
+    """Samples responses. `version` names the library and release that does the work."""
+
+    version: str
+
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        n: int,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: int,
+        seeds: Sequence[int],
+    ) -> list[list[Sampled]]:
+        """`n` responses to each prompt's token ids. `seeds`: one for each prompt; its samples have their own from it.
+
+        A prompt with its seed gives the same samples beside whatever others, but for the rounding of logits.
+        """
+        ...
+
+
+def load_sampler(
+    name: str,
+    model: str,
+    *,
+    dtype: str,
+    batch_tokens: int,
+    max_length: int,
+    end_of_turn: int,
+    adapter: str | None = None,
+) -> Sampler:
+    """Load what samples by the engine's name. `max_length`: the longest prompt plus response, in tokens; `adapter`: the
+    directory of a LoRA adapter to the model."""
+    from pipelines.engines.sampling import LOADERS
+
+    return LOADERS[name](
+        model,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        max_length=max_length,
+        end_of_turn=end_of_turn,
+        adapter=adapter,
+    )
