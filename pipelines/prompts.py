@@ -1,8 +1,8 @@
 """Prompts that responses are to be sampled to: out of files of prompts, and out of dataset directories.
 
 A record's prompt is its `prompt` (a text, or messages), or its `messages` or `conversations` up to the last turn of the
-user; all else that it holds is metadata, which rules may ask for. A dataset gives each of its prompts once. Nothing here
-knows Beam or models.
+user; all else that it holds is metadata, which rules may ask for. A dataset gives each of its prompts once. Nothing
+here knows Beam or models.
 """
 
 from collections import Counter

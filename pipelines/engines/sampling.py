@@ -11,7 +11,7 @@ import inspect
 import json
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,10 @@ def choose(logps: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor
 # --- vLLM ----------------------------------------------------------------------------------------
 
 
+class EngineDied(RuntimeError):  # noqa: N818 - it says what happened
+    """The engine's process is gone; what it had not given back is lost, and a new engine can be started."""
+
+
 class VllmSampler:
     """See `pipelines.engines.Sampler`. The engine stays up while its weights, or its adapter, change.
 
@@ -159,19 +163,26 @@ class VllmSampler:
         import vllm as library
 
         self.llm, self.end, self.version = llm, end_of_turn, f"vllm {library.__version__}"
-        self._lora, self._adapter, self._updates = lora, None, 0
+        self._lora, self._updates = lora, 0
+        self._adapter: Any = None
         self._lock = threading.Lock()  # two threads inside `LLM.generate` hang
 
-    def update(self, directory: str | Path) -> None:
-        """Sample from now on from the weights in a directory: a whole model's, or an adapter's."""
+    def update(self, directory: str | Path | None) -> None:
+        """Sample from now on from the weights in a directory: a whole model's, or an adapter's (None: without one)."""
         self._updates += 1
         if self._lora:
             from vllm.lora.request import LoRARequest
 
-            self._adapter = LoRARequest(f"update-{self._updates}", self._updates, str(directory))
+            name = f"update-{self._updates}"
+            self._adapter = LoRARequest(name, self._updates, str(directory)) if directory else None
         else:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(directory)})
             self.llm.reset_prefix_cache()  # what it holds was computed by the weights before
+
+    def close(self) -> None:
+        """End the engine's process."""
+        with suppress(Exception):  # it may be gone already
+            self.llm.llm_engine.engine_core.shutdown()
 
     def sample(
         self,
@@ -184,6 +195,7 @@ class VllmSampler:
         seeds: Sequence[int],
     ) -> list[list[Sampled]]:
         from vllm import SamplingParams, TokensPrompt
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         def params(seed: int, j: int) -> Any:
             return SamplingParams(
@@ -199,8 +211,11 @@ class VllmSampler:
 
         asked = [(p, params(seed, j)) for p, seed in zip(prompts, seeds, strict=True) for j in range(n)]
         inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt, _ in asked]
-        with self._lock:
-            outputs = self.llm.generate(inputs, [p for _, p in asked], use_tqdm=False, lora_request=self._adapter)
+        try:
+            with self._lock:
+                outputs = self.llm.generate(inputs, [p for _, p in asked], use_tqdm=False, lora_request=self._adapter)
+        except EngineDeadError as error:
+            raise EngineDied(f"vLLM's engine is gone: {error}") from error
         sampled = [self._sampled(output.outputs[0]) for output in outputs]
         return [sampled[i : i + n] for i in range(0, len(sampled), n)]
 
@@ -228,7 +243,7 @@ def load_transformers(
     try:
         text = AutoConfig.from_pretrained(model).get_text_config()
         attention = {"attn_implementation": "eager"} if getattr(text, "attn_logit_softcapping", None) else {}
-        net = AutoModelForCausalLM.from_pretrained(
+        net: Any = AutoModelForCausalLM.from_pretrained(
             model, dtype=getattr(torch, dtype), use_safetensors=True, **attention
         )
         if adapter:
@@ -255,6 +270,8 @@ def load_vllm(
         max_num_batched_tokens=max(batch_tokens, max_length),
         enable_prefix_caching=True,  # the samples of a prompt share it
         generation_config="vllm",
+        # on a CPU, compiled code would go on with the packed weights that an update has freed
+        enforce_eager=not torch.cuda.is_available(),
         **options,
     )
     sampler = VllmSampler(llm, end_of_turn, lora=adapter is not None)
