@@ -153,6 +153,19 @@ class EngineDied(RuntimeError):  # noqa: N818 - it says what happened
     """The engine's process is gone; what it had not given back is lost, and a new engine can be started."""
 
 
+class Reloading:
+    """What vLLM's workers can do in addition."""
+
+    def take_weights(self: Any, directory: str) -> None:
+        """Go on with the weights in a directory."""
+        self.reload_weights(weights_path=directory)
+        head: Any = getattr(self.model_runner.get_model(), "lm_head", None)
+        if hasattr(head, "cpu_linear"):  # on a CPU, a head that is the embedding keeps a packed copy, which stays old
+            from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+            dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+
+
 class VllmSampler:
     """See `pipelines.engines.Sampler`. The engine stays up while its weights, or its adapter, change.
 
@@ -176,7 +189,7 @@ class VllmSampler:
             name = f"update-{self._updates}"
             self._adapter = LoRARequest(name, self._updates, str(directory)) if directory else None
         else:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(directory)})
+            self.llm.collective_rpc("take_weights", args=(str(directory),))
             self.llm.reset_prefix_cache()  # what it holds was computed by the weights before
 
     def close(self) -> None:
@@ -270,8 +283,8 @@ def load_vllm(
         max_num_batched_tokens=max(batch_tokens, max_length),
         enable_prefix_caching=True,  # the samples of a prompt share it
         generation_config="vllm",
-        # on a CPU, compiled code would go on with the packed weights that an update has freed
-        enforce_eager=not torch.cuda.is_available(),
+        enforce_eager=not torch.cuda.is_available(),  # on a CPU, to compile takes a minute
+        worker_extension_cls=f"{__name__}.{Reloading.__name__}",
         **options,
     )
     sampler = VllmSampler(llm, end_of_turn, lora=adapter is not None)
