@@ -464,3 +464,26 @@ def test_alarms_are_silent_where_nothing_is_gamed(changes):
     history = [round_facts() for _ in range(5)] + [round_facts(**changes) for _ in range(5)]
     assert alarms.alarms(history, 5, set()) == []
     assert alarms.alarms(history[:9], 5, set()) == []
+
+
+# --- an engine elsewhere -------------------------------------------------------------------------
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("more", [[], ["lora=true"]])
+def test_rounds_sampled_by_vllm_have_the_policys_weights_and_survive_its_death(
+    asked, tiny_model, vowels, tmp_path, caplog, monkeypatch, more
+):
+    pytest.importorskip("vllm")
+    from test_sampling import kill_engine
+
+    forget = online.Sampling.forget
+    monkeypatch.setattr(
+        online.Sampling, "forget", lambda self, number: (kill_engine() if number == 2 else None, forget(self, number))
+    )
+    una_online(asked, tiny_model, vowels, tmp_path / "run", ["engine=vllm", "rounds=3", "batch_size=12", *more])
+    assert "starting it again" in caplog.text
+    for line in lines(tmp_path / "run"):  # log π_θ of the trainer, before its step, is that of the engine
+        assert abs(line["online"]["drift"]) < 1e-3
+    assert max(map(abs, samples(tmp_path / "run", 3)["kl"])) > 1e-3
+    assert not (tmp_path / "run" / ".engine-weights").exists()

@@ -280,7 +280,7 @@ def train(
     sampler.close()
 
     final = _result(history, config)
-    facts |= {"steps": steps, "skipped_steps": learner.skipped, "calibration": reward.fitted}
+    facts |= {"optimizer_steps": steps, "skipped_steps": learner.skipped, "calibration": reward.fitted}
     facts |= {"seconds": time.perf_counter() - started, "final": {"test": None, "online": final}}
     weights = rundir.gathered(scorer.policy.state_dict())
     policy.save(output / "policy", scorer.policy, weights, facts["model"], model_dir, config)
@@ -648,7 +648,7 @@ def _shown(number: float | None) -> str:
 
 
 def _print_result(final: dict[str, Any], facts: dict[str, Any], output: Path) -> None:
-    print(f"trained {facts['steps']} steps in {facts['seconds']:.1f} s")
+    print(f"trained {facts['optimizer_steps']} steps in {facts['seconds']:.1f} s")
     for name in ("reward", "held_out_reward", "kl", "length"):
         if final[f"{name}_first"] is not None:
             print(
