@@ -11,7 +11,9 @@ import inspect
 import json
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import InvalidStateError
 from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,7 @@ class VllmSampler:
         self._lora, self._updates = lora, 0
         self._adapter: Any = None
         self._lock = threading.Lock()  # two threads inside `LLM.generate` hang
+        threading.Thread(target=_watch, args=(llm.llm_engine.engine_core,), daemon=True).start()
 
     def update(self, directory: str | Path | None) -> None:
         """Sample from now on from the weights in a directory: a whole model's, or an adapter's (None: without one)."""
@@ -189,8 +192,9 @@ class VllmSampler:
             name = f"update-{self._updates}"
             self._adapter = LoRARequest(name, self._updates, str(directory)) if directory else None
         else:
-            self.llm.collective_rpc("take_weights", args=(str(directory),))
-            self.llm.reset_prefix_cache()  # what it holds was computed by the weights before
+            with self._lock, _telling():
+                self.llm.collective_rpc("take_weights", args=(str(directory),))
+                self.llm.reset_prefix_cache()  # what it holds was computed by the weights before
 
     def close(self) -> None:
         """End the engine's process."""
@@ -208,7 +212,6 @@ class VllmSampler:
         seeds: Sequence[int],
     ) -> list[list[Sampled]]:
         from vllm import SamplingParams, TokensPrompt
-        from vllm.v1.engine.exceptions import EngineDeadError
 
         def params(seed: int, j: int) -> Any:
             return SamplingParams(
@@ -224,11 +227,8 @@ class VllmSampler:
 
         asked = [(p, params(seed, j)) for p, seed in zip(prompts, seeds, strict=True) for j in range(n)]
         inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt, _ in asked]
-        try:
-            with self._lock:
-                outputs = self.llm.generate(inputs, [p for _, p in asked], use_tqdm=False, lora_request=self._adapter)
-        except EngineDeadError as error:
-            raise EngineDied(f"vLLM's engine is gone: {error}") from error
+        with self._lock, _telling():
+            outputs = self.llm.generate(inputs, [p for _, p in asked], use_tqdm=False, lora_request=self._adapter)
         sampled = [self._sampled(output.outputs[0]) for output in outputs]
         return [sampled[i : i + n] for i in range(0, len(sampled), n)]
 
@@ -236,6 +236,32 @@ class VllmSampler:
         ids = list(output.token_ids)
         logps = [of[token].logprob for of, token in zip(output.logprobs, ids, strict=True)]
         return Sampled(ids, np.array(logps, np.float32), ids[-1] == self.end)
+
+
+def _watch(core: Any) -> None:
+    """Wait for the end of an engine's processes, and tell whoever waits for them: vLLM's own calls would wait on."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    manager = getattr(getattr(core, "resources", None), "engine_manager", None)
+    if manager is None:  # it runs in this process
+        return
+    wait([process.sentinel for process in manager.processes])
+    core.resources.engine_dead = True  # from now on calls raise
+    core.outputs_queue.put(EngineDeadError())
+    for future in list(core.utility_results.values()):
+        with suppress(InvalidStateError):
+            future.set_exception(EngineDeadError())
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """vLLM's word for a dead engine as ours."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineDied("the process of vLLM's engine is gone") from error
 
 
 def _seed(seed: int, sample: int) -> int:
