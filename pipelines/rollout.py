@@ -312,7 +312,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--source", metavar="NAME", help="the rows' source (default: rollout-NAME of the prompts)")
-    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--engine", choices=("transformers", "vllm", "server"), default="transformers")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batch-tokens", type=int, default=65536, metavar="N", help="tokens in memory at once (65536)")
     parser.add_argument("--chunk-prompts", type=int, default=256, metavar="N", help="prompts of a unit of work (256)")
@@ -329,7 +329,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--top-p {args.top_p:g} --temperature {args.temperature:g}: 0 < P ≤ 1 and 0 ≤ T")
     model = str(local_model(args.model))
     renderer = render.load(model)
-    mark = fingerprint(model, dtype=args.dtype, engine=args.engine, engine_version=engines.version(args.engine))
+    mark = fingerprint(model, dtype=args.dtype, engine=args.engine, engine_version=_version(args.engine))
     longest = max_length(model, args.max_length, args.engine)
     output, source = args.output.rstrip("/"), args.source or f"rollout-{io.stem(args.prompts.rstrip('/'))}"
     check_flags(args.beam)
@@ -378,6 +378,10 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
         output,
         args.max_rejected,
     )
+
+
+def _version(engine: str) -> str:
+    return engine if engine == "server" else engines.version(engine)
 
 
 def _dataset_facts(path: str) -> list[dict[str, Any]]:

@@ -487,3 +487,46 @@ def test_rounds_sampled_by_vllm_have_the_policys_weights_and_survive_its_death(
         assert abs(line["online"]["drift"]) < 1e-3
     assert max(map(abs, samples(tmp_path / "run", 3)["kl"])) > 1e-3
     assert not (tmp_path / "run" / ".engine-weights").exists()
+
+
+@pytest.mark.parametrize(
+    "sets", [["offset.scalar=ref_lme"], ["loss.scalar=qrpo"], ["offset.scalar=learned", "lora=true"]]
+)
+def test_offsets_that_need_the_reference_or_are_learned(asked, tiny_model, vowels, tmp_path, sets):
+    una_online(asked, tiny_model, vowels, tmp_path / "run", ["rounds=2", "reference_samples=5", *sets])
+    of = samples(tmp_path / "run", 2)
+    if "learned" in sets[0]:
+        return
+    assert {len(rewards) for rewards in of["ref_rewards"]} == {5}
+    by_prompt = {}
+    for place, rewards in zip(of["prompt_place"], of["ref_rewards"], strict=True):
+        assert by_prompt.setdefault(place, rewards) == rewards
+        assert all(0 <= reward <= 1 for reward in rewards)
+
+
+def test_a_held_out_judge_is_asked_and_told_of(asked, tiny_model, vowels, tmp_path):
+    summary = una_online(
+        asked, tiny_model, vowels, tmp_path / "run", ["rounds=2"], "--held-out-reward", "length:least=12,falloff=12"
+    )
+    assert 0 < summary["held_out_reward_last"] < 1
+    of = samples(tmp_path / "run", 2)
+    for text, value in zip(of["response"], of["held_out_reward"], strict=True):
+        if text.strip():
+            assert value == pytest.approx(1 - max(0, 12 - len(text)) / 12, abs=1e-6)
+
+
+def test_a_dataset_is_mixed_in_by_its_share(asked, tiny_model, vowels, tmp_path, una_here):
+    pairs = [{"prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(30)]
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    for argv_ in (
+        ("ingest", tmp_path / "pairs.jsonl", "--output", tmp_path / "rows"),
+        ("reference", tmp_path / "rows", "--model", tiny_model, "--output", tmp_path / "scored"),
+        ("publish", tmp_path / "scored", "--output", tmp_path / "published", "--split", "train=1"),
+    ):
+        assert una_here(*argv_)[0] == 0
+    una_online(asked, tiny_model, vowels, tmp_path / "run", ["offline_ratio=0.25"], "--offline", tmp_path / "published")
+    for line in lines(tmp_path / "run"):
+        assert line["online"]["offline"] == 4
+        assert line["online"]["groups"] == 16
+        assert line["by_type"]["pairwise"]["count"] == 4
+        assert line["by_type"]["scalar"]["count"] == 12

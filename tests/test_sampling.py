@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pipelines import engines
 from pipelines.engines.sampling import EngineDied, TransformersSampler, choose, draws
+from schemas.errors import UserError
 
 torch.set_num_threads(1)
 FREE = {"temperature": 1.0, "top_p": 1.0}
@@ -205,3 +206,60 @@ def test_vllm_exchanges_adapters(tiny_model):
     sampler.update(None)
     sampled_from(sampler, base, [one, two])
     sampler.close()
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model, tmp_path_factory):
+    """The address of a vLLM server whose weights, or adapters, can be exchanged."""
+    pytest.importorskip("vllm")
+    import os
+    import signal
+    import socket
+    import subprocess
+    import sys
+
+    from conftest import REPO, _wait_for
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_model)]
+    command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256"]
+    command += ["--enforce-eager", "--enable-lora", "--max-lora-rank", "8", "--generation-config", "vllm"]
+    command += ["--worker-extension-cls", "pipelines.engines.sampling.Reloading"]
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(REPO)}
+    env |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/health", process, log)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+@pytest.mark.vllm
+def test_a_server_samples_from_new_weights_and_adapters(tiny_model, server, monkeypatch):
+    monkeypatch.setenv("UNA_SERVER", server)
+    (first, one), (second, two) = adapter(tiny_model, 1), adapter(tiny_model, 2)
+    base = network(tiny_model)
+    how = {"dtype": "float32", "batch_tokens": 2048, "max_length": 256, "end_of_turn": 1}
+    sampler = engines.load_sampler("server", str(tiny_model), adapter=str(first), **how)
+    sampled_from(sampler, one, [two, base])
+    sampler.update(second)
+    sampled_from(sampler, two, [one, base])
+    sampler.close()
+    sampled_from(sampler, base, [one, two])
+    plain_one = engines.load_sampler("server", str(tiny_model), **how)
+    other = other_weights(tiny_model, 7)
+    plain_one.update(other)
+    sampled_from(plain_one, network(other), [base])
+    plain_one.update(tiny_model)
+
+
+def test_a_server_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setenv("UNA_SERVER", "http://127.0.0.1:9/v1")
+    with pytest.raises(UserError, match="no OpenAI-compatible server answers"):
+        engines.load_sampler("server", "x", dtype="float32", batch_tokens=1, max_length=1, end_of_turn=1)

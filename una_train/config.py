@@ -308,7 +308,11 @@ class OnlineConfig(Config):
     reference_samples: int = _setting(
         8, _whole(1, 1024), "responses of the reference to each prompt whose rewards `ref_lme` and `ref_quantile` take"
     )
-    engine: str = _setting("transformers", _one_of("transformers", "vllm"), "what samples the responses")
+    engine: str = _setting(
+        "transformers",
+        _one_of("transformers", "vllm", "server"),
+        "what samples the responses; `server`: a vLLM server, at the address UNA_SERVER",
+    )
     rollout_tokens: int = _setting(
         65536, _whole(1), "tokens in memory at once while sampling: prompts and room for responses; changes speed only"
     )

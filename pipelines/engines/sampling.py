@@ -7,11 +7,16 @@ Shapes: B samples of a batch, V vocabulary.
 """
 
 import hashlib
+import http.client
 import inspect
 import json
+import os
 import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import InvalidStateError
+from concurrent.futures import InvalidStateError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -269,6 +274,89 @@ def _seed(seed: int, sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {sample}".encode(), digest_size=8).digest()) >> 1
 
 
+# --- a server ------------------------------------------------------------------------------------
+
+TRIES, AT_A_TIME, TIMEOUT = 5, 64, 600.0  # of a request; requests at once; seconds
+
+
+class ServerSampler:
+    """See `pipelines.engines.Sampler`: an OpenAI-compatible vLLM server, which sees this machine's directories.
+
+    Weights are exchanged in a server that was started with VLLM_SERVER_DEV_MODE=1 and `--worker-extension-cls
+    pipelines.engines.sampling.Reloading`; adapters in one with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and `--enable-lora`.
+    """
+
+    version = "server"
+
+    def __init__(self, url: str, model: str, end_of_turn: int, lora: bool = False, key: str = ""):
+        self.url, self.model, self.end, self._lora, self._key = url.rstrip("/"), model, end_of_turn, lora, key
+        self._named, self._adapters = model, 0
+
+    def update(self, directory: str | Path | None) -> None:
+        """Sample from now on from the weights in a directory: a whole model's, or an adapter's (None: without one)."""
+        if not self._lora:
+            root = self.url.removesuffix("/v1")
+            where = str(Path(str(directory)).resolve())
+            self._post(f"{root}/collective_rpc", {"method": "take_weights", "args": [where]})
+            self._post(f"{root}/reset_prefix_cache", {})
+            return
+        if self._named != self.model:
+            self._post(f"{self.url}/unload_lora_adapter", {"lora_name": self._named})
+        self._named, self._adapters = self.model, self._adapters + 1
+        if directory:
+            name = f"una-{os.getpid()}-{self._adapters}"
+            asked = {"lora_name": name, "lora_path": str(Path(directory).resolve())}
+            self._post(f"{self.url}/load_lora_adapter", asked)
+            self._named = name
+
+    def close(self) -> None:
+        """The server goes on without what this run put there."""
+        if self._named != self.model:
+            with suppress(EngineDied, UserError):
+                self.update(None)
+
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        n: int,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: int,
+        seeds: Sequence[int],
+    ) -> list[list[Sampled]]:
+        def one(prompt: list[int], seed: int) -> Sampled:
+            asked = {"model": self._named, "prompt": prompt, "temperature": temperature, "top_p": top_p, "seed": seed}
+            asked |= {"max_tokens": max_new_tokens, "logprobs": 0, "return_token_ids": True}
+            asked |= {"stop_token_ids": [self.end], "ignore_eos": True}
+            choice = json.loads(self._post(f"{self.url}/completions", asked))["choices"][0]
+            ids, logps = choice["token_ids"], np.array(choice["logprobs"]["token_logprobs"], np.float32)
+            return Sampled(ids, logps, ids[-1] == self.end)
+
+        asked = [(p, _seed(seed, j)) for p, seed in zip(prompts, seeds, strict=True) for j in range(n)]
+        with ThreadPoolExecutor(AT_A_TIME) as pool:
+            found = list(pool.map(lambda each: one(*each), asked))
+        return [found[i : i + n] for i in range(0, len(found), n)]
+
+    def _post(self, url: str, content: dict[str, Any]) -> bytes:
+        """The answer's body; `EngineDied` when there is none after some tries, `UserError` when it is refused."""
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
+        for attempt in range(TRIES):
+            try:
+                request = urllib.request.Request(url, json.dumps(content).encode(), headers)
+                with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                    return answer.read()
+            except urllib.error.HTTPError as error:
+                if error.code < 500 and error.code != 429:
+                    said = error.read()[:300].decode(errors="replace")
+                    raise UserError(f"{url}: the server refuses this ({error.code}): {said}") from None
+                problem: Exception = error
+            except (OSError, http.client.HTTPException) as error:
+                problem = error
+            time.sleep(2**attempt)
+        raise EngineDied(f"{url}: no answer after {TRIES} tries ({problem})")
+
+
 # --- loading -------------------------------------------------------------------------------------
 
 
@@ -328,4 +416,23 @@ def _rank(adapter: str) -> int:
     return next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
 
 
-LOADERS = {"transformers": load_transformers, "vllm": load_vllm}
+def load_server(
+    model: str, *, dtype: str, batch_tokens: int, max_length: int, end_of_turn: int, adapter: str | None
+) -> ServerSampler:
+    """The server of UNA_SERVER (http://HOST:PORT/v1), its key in UNA_SERVER_KEY; it samples the first of its models."""
+    url, key = os.environ.get("UNA_SERVER", ""), os.environ.get("UNA_SERVER_KEY", "")
+    if not url:
+        raise UserError("engine server: set UNA_SERVER to the server's address, http://HOST:PORT/v1")
+    asked = urllib.request.Request(f"{url.rstrip('/')}/models", headers={"Authorization": f"Bearer {key}"})
+    try:
+        with urllib.request.urlopen(asked, timeout=TIMEOUT) as answer:
+            name = json.load(answer)["data"][0]["id"]
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(f"{url}: no OpenAI-compatible server answers here ({error})") from None
+    sampler = ServerSampler(url, name, end_of_turn, adapter is not None, key)
+    if adapter:
+        sampler.update(adapter)
+    return sampler
+
+
+LOADERS = {"transformers": load_transformers, "vllm": load_vllm, "server": load_server}
