@@ -93,9 +93,8 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     for reason, count in sorted(world.refused.items()):
         log.warning("%s: %d prompts are left out (%s)", args.prompts, count, reason)
     with rundir.locked(output):
-        cache = output / "rewards"
-        reward = Rewards(args.reward, config.calibrate, config.reward_temperature, cache)
-        held_out = Rewards(args.held_out_reward, "auto", 1.0, cache) if args.held_out_reward else None
+        reward = Rewards(args.reward, config.calibrate, config.reward_temperature)
+        held_out = Rewards(args.held_out_reward, "auto", 1.0) if args.held_out_reward else None
         mixed = _offline(offline, config)
         facts = rundir.facts_of(args.model, args.prompts, config, model_dir, world.digest) | {
             "reward": reward.facts,
@@ -152,8 +151,10 @@ def train(
     if checkpoint is not None:
         rundir.load_optimizer(scorer, optimizer.optimizer, checkpoint)
         log.info("continuing after round %d, from %s", state["step"], checkpoint)
-    rundir.prepare(output, config, facts, checkpoint, keep=("rounds", "rewards") if resumed else ("rewards",))
+    rundir.prepare(output, config, facts, checkpoint, keep=("rounds", "rewards") if resumed else ())
     (output / "rounds").mkdir(exist_ok=True)
+    for labeller in filter(None, (reward, held_out)):
+        labeller.load(output / "rewards")
     done, steps, beta_factor = state.get("step", 0), state.get("steps", 0), state.get("beta_factor", 1.0)
     started -= state.get("seconds", 0.0)
     offsets, reward.fitted = state.get("offsets", {}), state.get("calibration") or reward.fitted
@@ -207,7 +208,7 @@ def train(
             this.ref_logps = reference.score(accelerator, model, world.split(every, config), layout)
             clock.lap("reference")
             rounds.write(path, this, world.texts)
-            sampler.forget(number)
+        sampler.forget(number)
 
         # UNA's steps
         fresh = world.split(this, config, from_reference)
@@ -221,12 +222,13 @@ def train(
             objectives = Objectives(now, rows.split)
             objectives.load_state({kind: means for kind, means in offsets.items() if kind in objectives.running})
             order = data.Order(rows.split, config.batch_size, int(_rng(config, number).integers(2**31)))
-            count = min(order.total(config.epochs, None), planned)
+            count = order.total(config.epochs, None)
             first = (number - 1) * planned
             for step, _ in planned_steps(
                 accelerator, rows.split, order, range(1, count + 1), objectives, layout, False, now
             ):
-                shape = learning_rate(first + step.number, planned * config.rounds, config) / config.learning_rate
+                at = first + min(step.number, planned)  # a bundle more than planned may take a step more
+                shape = learning_rate(at, planned * config.rounds, config) / config.learning_rate
                 of_step, norm = learner.step(step, first + step.number, shape, objectives, rows.split)
                 judged += of_step
             sampler.moved()
@@ -579,7 +581,7 @@ def _rng(config: OnlineConfig, number: int, what: int = 0) -> np.random.Generato
 
 
 def _steps_of(config: OnlineConfig, prompts: int) -> int:
-    """Steps that a round has at most."""
+    """Steps that a round has, which the learning rate's schedule counts on."""
     groups = prompts * config.samples_per_prompt / (1 - config.replay_ratio - config.offline_ratio)
     return config.epochs * max(1, math.ceil(groups / config.batch_size - 1e-9))
 

@@ -20,8 +20,8 @@ from schemas.errors import Reject, UsageError, UserError
 class Rewards:
     """A labeller with its calibration; `fitted` is what a checkpoint keeps, None until the first round."""
 
-    def __init__(self, spec: str, calibrate: str, temperature: float, cache: Path):
-        asked = labellers.asked(spec)
+    def __init__(self, spec: str, calibrate: str, temperature: float):
+        self._asked = asked = labellers.asked(spec)
         kind = asked.kind
         if kind.pairs(asked.settings):
             raise UsageError(f"{spec}: this labeller compares two responses; online rewards are of one response each")
@@ -31,7 +31,10 @@ class Rewards:
         self.fitted: dict[str, Any] | None = None
         if self.scale.method in ("none", "range", "sigmoid"):
             self.fitted = calibration.fit(self.scale, np.empty(0), np.empty(0), (np.nan, np.nan))
-        self._label = kind.load(asked.settings, Cache(cache))
+
+    def load(self, cache: Path) -> None:
+        """Load the labeller, which keeps in `cache` what cost something."""
+        self._label = self._asked.kind.load(self._asked.settings, Cache(cache))
 
     @property
     def facts(self) -> dict[str, Any]:
