@@ -125,6 +125,13 @@ def test_the_reward_rises_and_the_samples_are_there(asked, tiny_model, vowels, t
     assert facts["final"]["online"]["reward_last"] == summary["reward_last"]
 
 
+def test_the_demo_runs_on_its_worlds_prompts_and_true_reward(tiny_model, tmp_path):
+    import demo_online
+
+    policy = demo_online.train(tiny_model, tmp_path, 0, ["rounds=1", "prompts_per_round=2", "max_new_tokens=4"])
+    assert (policy / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("how", [["lora=true"], ["reference=weights"], ["reference=stage"]])
 def test_log_ratios_are_against_the_model_that_the_run_began_with(asked, tiny_model, vowels, tmp_path, how):
     una_online(asked, tiny_model, vowels, tmp_path / "run", ["beta=1", *how])
@@ -470,7 +477,7 @@ def test_alarms_are_silent_where_nothing_is_gamed(changes):
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("more", [[], ["lora=true"]])
+@pytest.mark.parametrize("more", [[], ["lora=true", "lora.dropout=0"]])
 def test_rounds_sampled_by_vllm_have_the_policys_weights_and_survive_its_death(
     asked, tiny_model, vowels, tmp_path, caplog, monkeypatch, more
 ):
