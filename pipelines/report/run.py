@@ -297,7 +297,8 @@ def _logratio_blocks(found: Predictions) -> list[Block]:
 def _warnings(lines: list[Facts], found: Predictions) -> list[str]:
     if not lines:
         return ["Nothing was logged, so there is nothing to show. Did the run start?"]
-    said = _loss_warnings(lines) + _drift_warnings(lines)
+    online = any(line.get("online") for line in lines)  # its loss is of other responses in each round
+    said = ([] if online else _loss_warnings(lines)) + _drift_warnings(lines)
     return said + (_prediction_warnings(found) if len(found["reward"]) else [])
 
 
