@@ -167,7 +167,10 @@ def train(
         "layout": layout,
         "reference_by": reference.how,
     }
-    record = rundir.recorder(accelerator, config, output, done, watch.Watch(config.rounds, config))
+    watched = watch.Watch(config.rounds, config)
+    if config.offset["scalar"] != "none":
+        watched.first["scalar"] = 1.0  # where rewards are near 1, an offset brings what is predicted there
+    record = rundir.recorder(accelerator, config, output, done, watched)
     history = [line["online"] for line in rundir.metrics(output)]
     warned: set[str] = set()
     alarms(history, config.alarm_rounds, warned)  # those that were given before
