@@ -141,6 +141,11 @@ def _tone_share(request: Request, body: list[str]) -> float:
     return len(plain & {*openings, *others}) / max(request.sentences, len(body))
 
 
+def labelled(prompt: list[dict[str, Any]], response: str, metadata: dict[str, Any]) -> float:
+    """The true reward, as a rule of `una label` and `una online` asks for it."""
+    return true_reward(prompt[-1]["content"], response)
+
+
 def best_response(prompt: str) -> str:
     """A note whose true reward is 1."""
     return write_note(prompt, care=1.0, rng=random.Random(prompt))

@@ -49,6 +49,15 @@ COMMANDS: dict[str, tuple[str, str, str, str, str, str]] = {
         "una label data/rows --labeller judge.yaml --labeller rm.yaml --combine mean --budget 5usd "
         "--output data/labelled",
     ),
+    "rollout": (
+        "pipelines.rollout",
+        "add_arguments",
+        "command",
+        ALL,
+        "sample responses to prompts, as rows that wait for rewards",
+        "una rollout prompts.jsonl --model models/base --output data/sampled\n"
+        "una rollout data/published --model models/base --samples 8 --engine vllm --output data/sampled",
+    ),
     "reference": (
         "pipelines.reference",
         "add_arguments",
@@ -93,6 +102,16 @@ COMMANDS: dict[str, tuple[str, str, str, str, str, str]] = {
         "train a policy on a published dataset",
         "una train data/published --model models/base --output runs/policy --set beta=0.1 --set lora=true\n"
         "accelerate launch -m una_train data/published --model models/base --output runs/policy",
+    ),
+    "online": (
+        "una_train.online",
+        "add_arguments",
+        "command",
+        NONE,
+        "train a policy on its own responses: sample, reward, score, step",
+        "una online prompts.jsonl --model models/base --reward reward.yaml --output runs/online --set beta=0.1\n"
+        "una online data/published --model models/base --reward judge.yaml --offline data/published "
+        "--set offline_ratio=0.25 --output runs/online",
     ),
     "reward-model": (
         "una_train.reward_model",

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from schemas import conversation
 from schemas.errors import Reject, UserError
 from schemas.feedback import Message
@@ -42,6 +44,27 @@ class Renderer(conversation.Conversation):
             raise Reject("template_error", "the chat template changes the response's text")
         prompt_ids = self.with_bos(self.tokens(start))
         return prompt_ids, self._ended(self.tokens(whole[len(start) :]))
+
+    def prompt_ids(self, prompt: list[Message]) -> list[int]:
+        """Token ids of a prompt, up to where the assistant begins; `Reject` when they cannot be made."""
+        self.refuse_special(prompt)
+        return self.with_bos(self.tokens(self.text([conversation.for_template(m) for m in prompt], generation=True)))
+
+    def row_ids(self, prompt: list[Message], response: str, metadata: str | None) -> tuple[list[int], list[int]]:
+        """Token ids of a row: of a response that was sampled those that were, if this tokenizer reads them so.
+
+        To tokenise its text anew could give others, which the model did not write.
+        """
+        about = orjson.loads(metadata).get("sampled") if metadata and '"sampled"' in metadata else None
+        ids = about.get("ids") if isinstance(about, dict) else None
+        if isinstance(ids, list) and ids and all(type(i) is int for i in ids) and self.words(ids) == response:
+            return self.prompt_ids(prompt), ids
+        return self.ids(prompt, response)
+
+    def words(self, ids: list[int]) -> str:
+        """The text of a sampled response: what stands before its end of turn, special tokens left out."""
+        ids = ids[:-1] if ids and ids[-1] == self.end_of_turn else ids
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _ended(self, ids: list[int]) -> list[int]:
         """Cut what the template writes after the end-of-turn token, or append that token where it writes none."""

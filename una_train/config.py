@@ -22,6 +22,7 @@ from una_train.losses import OBJECTIVES, PAIRWISE, POINTWISE
 from una_train.offsets import FROM_REFERENCE, OFFSETS
 
 T = TypeVar("T")
+C = TypeVar("C", bound="Config")
 Check = Callable[[Any], Any]  # gives the value back, or raises ValueError saying what is allowed
 
 LORA = {"r": 32, "alpha": 16, "dropout": 0.05, "target": "all-linear"}  # the paper's
@@ -253,10 +254,89 @@ class Config:
     )
 
 
-def _as_above(name: str, default: Any = None) -> Any:
-    """A setting of `Config`, perhaps with another default."""
+def _as_above(name: str, default: Any = None, description: str | None = None) -> Any:
+    """A setting of `Config`, perhaps with another default or description."""
     field = Config.__dataclass_fields__[name]
-    return dataclasses.field(default=field.default if default is None else default, metadata=field.metadata)
+    facts = {**field.metadata, "description": description or field.metadata["description"]}
+    return dataclasses.field(default=field.default if default is None else default, metadata=facts)
+
+
+@dataclass(frozen=True)
+class OnlineConfig(Config):
+    """Settings of `una online`: those of training, and of its rounds."""
+
+    rounds: int = _setting(100, _whole(1), "rounds of sampling, rewards, reference and training")
+    prompts_per_round: int = _setting(
+        32, _whole(1), "prompts of a round: as many as a step takes is fully online, a large number iterative"
+    )
+    samples_per_prompt: int = _setting(4, _whole(1, 1024), "responses sampled to each of them")
+    temperature: float = _setting(1.0, _number(0, 100), "of sampling; 0: always the likeliest token")
+    top_p: float = _setting(1.0, _number(0, 1, above=True), "sample among the likeliest tokens that reach it together")
+    max_new_tokens: int = _setting(256, _whole(1), "most tokens of a response")
+    missing_eos: str = _setting(
+        "penalize",
+        _one_of("penalize", "drop", "keep"),
+        "what becomes of a response that was cut off at `max_new_tokens`: its reward is `penalty`, it is left out, or "
+        "it is rewarded as it is",
+    )
+    penalty: float = _setting(0.0, _number(0, 1), "reward of responses without text, and of those that are penalised")
+    calibrate: str = _setting(
+        "auto",
+        _one_of("auto", "none", "range", "sigmoid", "minmax", "zscore_sigmoid", "quantile"),
+        "how raw scores become rewards in [0, 1], as in `una label`; what is fitted is fitted to the first round",
+    )
+    reward_temperature: float = _setting(1.0, _number(0, above=True), "of `sigmoid` and `zscore_sigmoid`")
+    max_unrewarded: float = _setting(
+        0.1, _number(0, 1), "stop after a round in which a larger share of the responses got no score"
+    )
+    replay_ratio: float = _setting(0.0, _number(0, 0.95), "share of a round's groups that are of earlier rounds")
+    replay_rounds: int = _setting(4, _whole(1), "how many rounds back those may be")
+    offline_ratio: float = _setting(0.0, _number(0, 0.95), "share of a round's groups that are of `--offline`")
+    kl_target: float | None = _setting(
+        None,
+        _optional(_number(0, above=True)),
+        "KL from the reference to steer to, in nats per response; β grows above it and shrinks below",
+    )
+    kl_gain: float = _setting(1.0, _number(0, 10), "how fast: a round changes β by at most a fifth of it")
+    reference: str = _setting(
+        "auto",
+        _one_of("auto", "adapter", "weights", "stage"),
+        "how log π_ref is computed: with the adapter off; with the reference's weights, which wait in main memory, in "
+        "the policy's place; or by the reference engine, loaded for each round. `auto`: adapter with `lora`, else "
+        "weights",
+    )
+    reference_samples: int = _setting(
+        8, _whole(1, 1024), "responses of the reference to each prompt whose rewards `ref_lme` and `ref_quantile` take"
+    )
+    engine: str = _setting(
+        "transformers",
+        _one_of("transformers", "vllm", "server"),
+        "what samples the responses; `server`: a vLLM server, at the address UNA_SERVER",
+    )
+    rollout_tokens: int = _setting(
+        65536, _whole(1), "tokens in memory at once while sampling: prompts and room for responses; changes speed only"
+    )
+    rollout_prompts: int = _setting(
+        256, _whole(1), "responses to so many prompts are sampled, then kept on the disk, so that no kill loses them"
+    )
+    alarm_rounds: int = _setting(10, _whole(1), "alarms compare so many rounds at the start with as many of the newest")
+    learning_rate: float = _as_above("learning_rate", 1e-5)
+    scheduler: str = _as_above("scheduler", "constant")
+    warmup_ratio: float = _setting(0.0, _number(0, 1), "share of the steps that warm up linearly")
+    epochs: int = _as_above("epochs", 1, "passes over a round's groups")
+    batch_size: int = _as_above("batch_size", 128)
+    save_every: int = _as_above("save_every", 10, "write a checkpoint every so many rounds; 0: never")
+    seed: int = _as_above("seed", None, "order of prompts and groups, samples, LoRA's initial weights and dropout")
+
+
+NOT_ONLINE = (
+    "max_steps",
+    "eval_every",
+    "log_every",
+    "token_store",
+    "parity_check",
+    "parity_tolerance",
+)  # have no meaning there
 
 
 @dataclass(frozen=True)
@@ -294,13 +374,29 @@ class RewardConfig:
 FREE_ON_RESUME = {
     "micro_batch_tokens", "packing", "token_store", "max_bad_steps",
     "eval_every", "save_every", "keep_checkpoints", "log_every", "tracker",
-    "parity_check", "parity_tolerance", "merge_lora",
+    "parity_check", "parity_tolerance", "merge_lora", "max_unrewarded", "alarm_rounds",
 }  # fmt: skip
 
 
 def load(file: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
     """The settings of a YAML file with `key=value` overrides on top; `UsageError` names what is wrong."""
     return _consistent(read(Config, file, overrides))
+
+
+def load_online(file: str | Path | None = None, overrides: Iterable[str] = ()) -> OnlineConfig:
+    """The same for `una online`. Where nothing else is asked for, scores are compared within a prompt's responses."""
+    config = read(OnlineConfig, file, overrides)
+    for name in NOT_ONLINE:
+        if getattr(config, name) != OnlineConfig.__dataclass_fields__[name].default:
+            raise UsageError(f"{name}: has no meaning for `una online`; leave it out")
+    if config.replay_ratio + config.offline_ratio >= 1:
+        raise UsageError("replay_ratio and offline_ratio: leave no room for new responses; their sum must be below 1")
+    if config.reference == "adapter" and not config.lora:
+        raise UsageError("reference=adapter switches the adapter off, and there is none without lora")
+    allowed = OBJECTIVES[config.loss["scalar"]].offsets
+    if config.offset["scalar"] == "auto" and config.samples_per_prompt > 1 and "group_mean" in allowed:
+        config = dataclasses.replace(config, offset={**config.offset, "scalar": "group_mean"})
+    return _consistent(config)
 
 
 def read(kind: type[T], file: str | Path | None = None, overrides: Iterable[str] = ()) -> T:
@@ -317,7 +413,7 @@ def read(kind: type[T], file: str | Path | None = None, overrides: Iterable[str]
     return kind(**values)
 
 
-def _consistent(config: Config) -> Config:
+def _consistent(config: C) -> C:
     """The settings with `auto` offsets resolved; `UsageError` for those that do not go together."""
     offset = {}
     for kind, asked in config.offset.items():

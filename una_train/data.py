@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 from torch import Tensor
 
 from schemas import feedback
@@ -64,6 +64,9 @@ class Split:
     group_rows: np.ndarray  # int64 [G, 2]; the second is −1 where a group is one row; groups of a bundle are adjacent
     bundle_starts: np.ndarray  # int64, where each bundle's groups begin, and G
     ref_rewards: Flat | None = None  # float64, rewards in [0, 1] of reference samples for each row's prompt
+    lone: np.ndarray | None = (
+        None  # bool [R], whether nothing is known to compare a row's response with; None: not asked
+    )
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
@@ -117,7 +120,7 @@ def read(
     source = index["source"].combine_chunks().dictionary_encode()
     types = pc.index_in(index["type"], pa.array(TYPES)).to_numpy().astype(np.int8)
     stored = [rewards for _, of_file in tables for rewards in of_file]
-    groups, starts = _groups(index, bundle_rows)
+    groups, starts = groups_of(index, bundle_rows)
     return Split(
         files=files,
         prompts=tokens["prompt_ids"],
@@ -234,7 +237,7 @@ def _ref_rewards(metadata: str | None, path: Path) -> np.ndarray:
     return np.array(found, np.float32).astype(np.float64)  # as rewards are stored: else a 0.7 would lose its ties
 
 
-def _groups(index: pa.Table, bundle_rows: int) -> tuple[np.ndarray, np.ndarray]:
+def groups_of(index: pa.Table, bundle_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Groups [G, 2], those of a prompt adjacent and in the order of the rows, and where each bundle of them begins."""
     prompt = index["prompt_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     comparison = index["comparison_id"].combine_chunks().dictionary_encode().indices
@@ -252,6 +255,68 @@ def _groups(index: pa.Table, bundle_rows: int) -> tuple[np.ndarray, np.ndarray]:
     part = within // max(1, bundle_rows)
     new |= np.concatenate([[False], part[1:] != part[:-1]]) if len(rows) else new
     return rows.astype(np.int64), np.append(np.flatnonzero(new), len(rows)).astype(np.int64)
+
+
+# --- parts and wholes --------------------------------------------------------------------------
+
+
+def taken(split: Split, bundles: Sequence[int]) -> Split:
+    """Some bundles of a split, as a split of their own."""
+    kept = [split.group_rows[split.bundle_starts[i] : split.bundle_starts[i + 1]] for i in bundles]
+    groups = np.concatenate([*kept, np.zeros((0, 2), np.int64)])
+    rows = groups[groups >= 0]
+    place = np.full(len(split.rewards) + 1, -1)  # of a row in the part; the last is that of no row
+    place[rows] = np.arange(len(rows))
+    return replace(
+        split,
+        files=[],
+        prompts=_of_rows(split.prompts, rows),
+        responses=_of_rows(split.responses, rows),
+        ref_logps=_of_rows(split.ref_logps, rows),
+        rewards=split.rewards[rows],
+        types=split.types[rows],
+        sources=split.sources[rows],
+        group_rows=place[groups],
+        bundle_starts=np.cumsum([0, *map(len, kept)]),
+        ref_rewards=split.ref_rewards and _of_rows(split.ref_rewards, rows),
+        lone=None if split.lone is None else split.lone[rows],
+    )
+
+
+def _of_rows(flat: Flat, rows: np.ndarray) -> Flat:
+    return Flat(np.concatenate([flat.values[:0], *(flat[row] for row in rows)]), flat.lengths[rows])
+
+
+def joined(splits: Sequence[Split]) -> Split:
+    """Splits as one; bundles stay what they are, and rows keep their order."""
+    names = sorted({name for split in splits for name in split.source_names})
+    rows = np.cumsum([0] + [len(split.rewards) for split in splits])
+    groups = np.cumsum([0] + [len(split.group_rows) for split in splits])
+
+    def flat(name: str) -> Flat:
+        parts = [getattr(split, name) for split in splits]
+        return Flat(np.concatenate([p.values for p in parts]), np.concatenate([p.lengths for p in parts]))
+
+    def moved(split: Split, by: int) -> np.ndarray:
+        return np.where(split.group_rows >= 0, split.group_rows + by, -1)
+
+    lone = [np.zeros(len(split.rewards), bool) if split.lone is None else split.lone for split in splits]
+    return Split(
+        files=[],  # rows are no longer where the files have them
+        prompts=flat("prompts"),
+        responses=flat("responses"),
+        ref_logps=flat("ref_logps"),
+        rewards=np.concatenate([split.rewards for split in splits]),
+        types=np.concatenate([split.types for split in splits]),
+        sources=np.concatenate([np.array([*map(names.index, s.source_names)], np.int32)[s.sources] for s in splits]),
+        source_names=names,
+        group_rows=np.concatenate([moved(split, by) for split, by in zip(splits, rows, strict=False)]),
+        bundle_starts=np.concatenate(
+            [s.bundle_starts[:-1] + by for s, by in zip(splits, groups, strict=False)] + [groups[-1:]]
+        ),
+        ref_rewards=None if any(split.ref_rewards is None for split in splits) else flat("ref_rewards"),
+        lone=np.concatenate(lone) if any(split.lone is not None for split in splits) else None,
+    )
 
 
 # --- order -------------------------------------------------------------------------------------
@@ -400,6 +465,7 @@ class Batch:
     types: list[str]  # of each group
     sources: list[str]  # of each group
     ref_rewards: list[np.ndarray]  # of each row; [] when they are not asked for
+    lone: Bool[Tensor, " B"] | None = None  # as in `Split`
 
     @property
     def tokens(self) -> int:
@@ -446,6 +512,7 @@ def collate(split: Split, bundles: Sequence[Bundle], layout: str = "shared") -> 
         types=[split.type_of(group) for group in groups],
         sources=[split.source_names[split.sources[group[0]]] for group in groups],
         ref_rewards=[] if split.ref_rewards is None else [split.ref_rewards[row] for row in order],
+        lone=None if split.lone is None else torch.from_numpy(split.lone[order]),
     )
 
 

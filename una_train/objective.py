@@ -82,9 +82,14 @@ class Objectives:
                 rows = np.flatnonzero(split.types == TYPES.index(kind))
                 if kind != "pairwise":
                     _check_offset(config, kind, split, rows)
-                if kind not in self.types and config.offset.get(kind) in offsets.RUNNING:
+                follows = config.offset.get(kind) in offsets.RUNNING
+                falls_back = config.offset.get(kind) == "group_mean" and split.lone is not None
+                if kind not in self.types and (follows or falls_back):
                     space, mean = OBJECTIVES[config.loss[kind]].space, float(split.rewards[rows].mean())
-                    self.running[kind] = offsets.Running(config.offset[kind], space, mean, config.offset_decay)
+                    if falls_back:  # a round's rewards may all be 0
+                        mean = min(max(mean, offsets.EDGE), 1 - offsets.EDGE)
+                    name = config.offset[kind] if follows else "ema"
+                    self.running[kind] = offsets.Running(name, space, mean, config.offset_decay)
                 if kind not in self.types:
                     self.types.append(kind)
 
@@ -156,7 +161,8 @@ class Objectives:
         if name in offsets.RUNNING:
             return r.new_full(r.shape, self.running[kind].value), s
         if name == "group_mean":
-            return offsets.balance(r, s, batch.prompt[rows], space), s
+            f = offsets.balance(r, s, batch.prompt[rows], space)
+            return f if batch.lone is None else torch.where(batch.lone[rows], self.running[kind].value, f), s
         if name == "learned":
             assert values is not None
             return values[rows], s
@@ -204,7 +210,7 @@ def _check_offset(config: Config, kind: str, split: Split, rows: np.ndarray) -> 
             f"offset.{kind}=ema: all {len(rows)} rewards are {mean:g}, so nothing is above or below their mean; "
             f"use offset.{kind}=none"
         )
-    if name == "group_mean":
+    if name == "group_mean" and split.lone is None:
         bundle = np.repeat(np.arange(len(split.bundle_starts) - 1), np.diff(split.bundle_starts))
         of_kind = bundle[split.types[split.group_rows[:, 0]] == TYPES.index(kind)]
         alone = int((np.bincount(of_kind)[of_kind] < 2).sum())

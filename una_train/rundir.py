@@ -54,6 +54,8 @@ RUN_FILES = (
     "reward_model",
     "tensorboard",
     "wandb",
+    "rounds",
+    "rewards",
     "run.json",
 )
 LEFTOVERS = (
@@ -64,6 +66,7 @@ LEFTOVERS = (
     ".predictions.parquet",
     ".metrics.jsonl",
     ".config.yaml",
+    ".engine-weights",
 )
 
 VALUE = "value"  # key of a parameter itself among its optimizer state
@@ -129,19 +132,29 @@ def _run_of(output: Path) -> dict[str, Any] | None:
         return None
 
 
+def metrics(output: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    path = output / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def last_loss(output: Path) -> float:
     """The newest training loss in metrics.jsonl; NaN without one."""
-    path = output / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return next((line["loss"] for line in reversed(lines) if line["split"] == "train"), math.nan)
+    return next((line["loss"] for line in reversed(metrics(output)) if line["split"] == "train"), math.nan)
 
 
-def prepare(output: Path, config: Config | RewardConfig, facts: dict[str, Any], checkpoint: Path | None) -> None:
-    """Leave in the output what belongs to the checkpoint, or nothing of an earlier run."""
+def prepare(
+    output: Path,
+    config: Config | RewardConfig,
+    facts: dict[str, Any],
+    checkpoint: Path | None,
+    keep: Sequence[str] = (),
+) -> None:
+    """Leave in the output what belongs to the checkpoint, or nothing of an earlier run but the files to `keep`."""
     write(output / "run.json", json.dumps(facts, indent=2) + "\n")  # first: from now on it is an unfinished run's
     remove = [path for pattern in LEFTOVERS for path in output.glob(pattern)]
     if checkpoint is None:
-        remove += _checkpoints(output) + [output / name for name in RUN_FILES if name != "run.json"]
+        remove += _checkpoints(output) + [output / name for name in RUN_FILES if name not in ("run.json", *keep)]
     else:
         found = _checkpoints(output)
         damaged = found[found.index(checkpoint) + 1 :]
@@ -173,8 +186,10 @@ def write(path: Path, text: str) -> None:
     os.replace(temp, path)
 
 
-def facts_of(model: str, dataset: str, config: Config | RewardConfig, model_dir: Path) -> dict[str, Any]:
-    """What run.json says; `final` is null until the run is complete."""
+def facts_of(
+    model: str, dataset: str, config: Config | RewardConfig, model_dir: Path, digest: str | None = None
+) -> dict[str, Any]:
+    """What run.json says; `final` is null until the run is complete. `digest`: the data's, if it has no manifest."""
     version = importlib.metadata.version
     return {
         "version": 1,
@@ -184,7 +199,7 @@ def facts_of(model: str, dataset: str, config: Config | RewardConfig, model_dir:
             model_dir, dtype=config.dtype, engine="transformers", engine_version=transformers.__version__
         ),
         "dataset": dataset,
-        "dataset_manifest_sha256": sha256(Path(dataset) / NAME),
+        "dataset_manifest_sha256": digest or sha256(Path(dataset) / NAME),
         "config": dataclasses.asdict(config),
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")}
         | {"python": platform.python_version()},
@@ -210,8 +225,8 @@ def _git_commit() -> str | None:
         return None
 
 
-def check_same_run(output: Path, facts: dict[str, Any]) -> None:
-    """A run is continued with the settings, dataset and model it began with."""
+def check_same_run(output: Path, facts: dict[str, Any], also: Sequence[str] = ()) -> None:
+    """A run is continued with the settings, dataset and model it began with, and with the same facts of `also`."""
     if not (output / "run.json").is_file():
         return
     before = json.loads((output / "run.json").read_text())
@@ -225,6 +240,7 @@ def check_same_run(output: Path, facts: dict[str, Any]) -> None:
     for part, name in {"weights": "weights", "tokenizer": "tokenizer", "chat_template": "chat template"}.items():
         if before["model_fingerprint"].get(part) != facts["model_fingerprint"].get(part):
             changed.append(f"the model's {name}")
+    changed += [key for key in also if json.loads(json.dumps(facts[key])) != before.get(key)]
     if changed:
         raise UserError(f"{output}: cannot continue with other {', '.join(changed)}; undo it, or --overwrite")
 
@@ -393,10 +409,10 @@ def recorder(accelerator: Accelerator, config: Config, output: Path, done: int, 
         options = {"tensorboard": {"purge_step": done + 1}, "wandb": {"dir": str(output)}}
         accelerator.init_trackers(name, init_kwargs=options)
 
-    def record(step: int, epoch: float, split: str, judged: list[Judged], facts: Mapping[str, float | None]) -> None:
+    def record(step: int, epoch: float, split: str, judged: list[Judged], facts: Mapping[str, Any]) -> None:
         if not accelerator.is_main_process:
             return
-        loss = evaluate.weighted_loss(judged)
+        loss = evaluate.weighted_loss(judged) if judged else math.nan
         by_type = evaluate.by_type(judged)
         line = {"step": step, "epoch": epoch, "split": split, "loss": loss, **facts, "by_type": by_type}
         with (output / "metrics.jsonl").open("a") as file:

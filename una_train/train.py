@@ -4,7 +4,7 @@ Only the policy is in memory: log π_ref is a column of the dataset. One step is
 all groups of the step, so neither packing nor the number of processes changes it. The order of groups, the learning
 rate and the seeds are functions of the step, so a checkpoint is weights, optimizer state, running offsets and a number.
 
-Left out: DeepSpeed, and rollouts.
+Left out: DeepSpeed, and rollouts (`online`), whose loop takes the same `Learner.step`.
 """
 
 import argparse
@@ -53,7 +53,7 @@ from una_train.offsets import FROM_REFERENCE
 log = logging.getLogger("una_train")
 
 T = TypeVar("T")
-C = TypeVar("C", Config, RewardConfig)
+C = TypeVar("C", bound=Config | RewardConfig)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +76,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     config = _settings(args, output)
     dataset, manifest = Path(args.dataset), Manifest.read(args.dataset)
     rundir.check(output, args.overwrite, args.resume, [dataset, Path(args.model)])
-    accelerator = _accelerator(config, output)
+    accelerator = accelerator_of(config, output)
     accelerator.gradient_accumulation_steps = 1  # its environment variable would scale our gradients
     if not accelerator.is_main_process:
         log.setLevel(logging.WARNING)
@@ -103,7 +103,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
             shutil.rmtree(cache, ignore_errors=True)
 
 
-# --- the loop ----------------------------------------------------------------------------------
+# --- a step ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,67 @@ class Step:
     micros: list[tuple[Batch, float]]
     groups: int  # of all processes
     tokens: int  # of all processes, each row's prompt counted
+
+
+@dataclass
+class Learner:
+    """The policy and its optimizer, which a step moves."""
+
+    accelerator: Accelerator
+    model: nn.Module  # a wrapped `policy.Scorer`
+    optimizer: Any
+    config: Config
+    output: Path  # where checkpoints are, for what is said of bad steps
+    sharded: bool = False
+    skipped: int = 0  # steps
+    bad_in_a_row: int = 0
+
+    def step(
+        self, step: Step, number: int, shape: float, objectives: Objectives, split: Split
+    ) -> tuple[list[Judged], float]:
+        """Forward, loss, backward, clipping and AdamW at `shape` of the peak rates; `number` seeds the dropout.
+
+        Gives this process's groups as they were judged before the step, none of a step that was skipped because its
+        loss or gradient is not finite, and the norm of the gradient.
+        """
+        accelerator, config, model, device = self.accelerator, self.config, self.model, self.accelerator.device
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = parameters["peak"] * shape
+        seed = np.random.SeedSequence([config.seed, number, accelerator.process_index])
+        torch.manual_seed(int(seed.generate_state(1)[0]))  # dropout
+        model.train()
+        outcomes = []
+        with _memory_advice([batch for batch, _ in step.micros], config):
+            for i, (batch, counts) in enumerate(step.micros):
+                last_micro = i == len(step.micros) - 1
+                with nullcontext() if last_micro or self.sharded else accelerator.no_sync(model):
+                    batch = batch.to(device)
+                    logps, values = model(batch)
+                    outcome = objectives(logps, values, batch)
+                    # wrappers average over processes
+                    loss_of_micro = outcome.total() * (counts * accelerator.num_processes / step.groups)
+                    if values is not None:  # so that every process has a gradient for the learned offset, if of 0
+                        loss_of_micro = loss_of_micro + 0 * values.sum()
+                    accelerator.backward(loss_of_micro)
+                if counts:
+                    outcomes.append(outcome)
+        norm = _clip(model, config.max_grad_norm)
+        judged = [one for outcome in outcomes for one in outcome.judged()]
+        if _any(accelerator, not (math.isfinite(norm) and all(math.isfinite(one.loss) for one in judged))):
+            self.bad_in_a_row += 1
+            self.skipped += 1
+            _report_bad(gather_object(judged), norm, number, self.bad_in_a_row, split, config, self.output)
+            judged = []
+        else:
+            self.bad_in_a_row = 0
+            self.optimizer.step()
+            if objectives.running:
+                objectives.update(gather_object(judged))
+        self.optimizer.zero_grad()
+        return judged, norm
+
+
+# --- the loop ----------------------------------------------------------------------------------
 
 
 def train(
@@ -162,8 +223,9 @@ def train(
         "parameters": sum(p.numel() for p in scorer.policy.parameters()),
         "trainable_parameters": sum(p.numel() for p in scorer.policy.parameters() if p.requires_grad),
         "layout": layout,
-        "skipped_steps": state["skipped_steps"] if checkpoint else 0,
     }
+    skipped = state["skipped_steps"] if checkpoint else 0
+    learner = Learner(accelerator, model, optimizer, config, output, sharded, skipped)
     record = rundir.recorder(accelerator, config, output, done, watch.Watch(total, config))
     for words in watch.one_sided(train_split, config) if main else []:
         log.warning("%s", words)
@@ -180,44 +242,14 @@ def train(
 
     tested = test(0) if done == 0 else []
     recent: list[Judged] = []  # this rank's groups since the last line of metrics
-    fed, busy, waited, loss, bad_steps = 0, 0.0, 0.0, math.nan, 0
+    fed, busy, waited, loss = 0, 0.0, 0.0, math.nan
     bar = tqdm(total=total, initial=done, unit="step", disable=None if main else True)
-    planned = _planned(accelerator, train_split, order, range(done + 1, total + 1), objectives, layout, sharded, config)
+    ahead = range(done + 1, total + 1)
+    planned = planned_steps(accelerator, train_split, order, ahead, objectives, layout, sharded, config)
     for step, wait in planned:
         began = time.perf_counter()
         shape = learning_rate(step.number, total, config) / config.learning_rate
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = parameters["peak"] * shape
-        seed = np.random.SeedSequence([config.seed, step.number, accelerator.process_index])
-        torch.manual_seed(int(seed.generate_state(1)[0]))  # dropout
-        model.train()
-        outcomes = []
-        with _memory_advice([batch for batch, _ in step.micros], config):
-            for i, (batch, counts) in enumerate(step.micros):
-                last_micro = i == len(step.micros) - 1
-                with nullcontext() if last_micro or sharded else accelerator.no_sync(model):
-                    batch = batch.to(device)
-                    logps, values = model(batch)
-                    outcome = objectives(logps, values, batch)
-                    loss_of_micro = outcome.total() * (counts * world / step.groups)  # wrappers average over processes
-                    if values is not None:  # so that every process has a gradient for the learned offset, if of 0
-                        loss_of_micro = loss_of_micro + 0 * values.sum()
-                    accelerator.backward(loss_of_micro)
-                if counts:
-                    outcomes.append(outcome)
-        norm = _clip(model, config.max_grad_norm)
-        judged = [one for outcome in outcomes for one in outcome.judged()]
-        if _any(accelerator, not (math.isfinite(norm) and all(math.isfinite(one.loss) for one in judged))):
-            bad_steps += 1
-            facts["skipped_steps"] += 1
-            _report_bad(gather_object(judged), norm, step.number, bad_steps, train_split, config, output)
-            judged = []
-        else:
-            bad_steps = 0
-            optimizer.step()
-            if objectives.running:
-                objectives.update(gather_object(judged))
-        optimizer.zero_grad()
+        judged, norm = learner.step(step, step.number, shape, objectives, train_split)
         bar.update()
         busy, waited, fed = busy + time.perf_counter() - began, waited + wait, fed + step.tokens
 
@@ -242,7 +274,7 @@ def train(
                 beside = {
                     "seconds": time.perf_counter() - started,
                     "offsets": objectives.state(),
-                    "skipped_steps": facts["skipped_steps"],
+                    "skipped_steps": learner.skipped,
                 }
                 rundir.save_checkpoint(
                     output, step.number, scorer.policy, weights, state, beside, config.keep_checkpoints
@@ -256,7 +288,8 @@ def train(
     final = evaluate.by_type(tested) if test_split else None
     test_loss = evaluate.weighted_loss(tested) if test_split else None
     outcome_of_test = None if final is None else evaluate.finite({"loss": test_loss, "by_type": final})
-    facts |= {"seconds": time.perf_counter() - started, "final": {"test": outcome_of_test}}
+    facts |= {"skipped_steps": learner.skipped, "seconds": time.perf_counter() - started}
+    facts |= {"final": {"test": outcome_of_test}}
     weights = rundir.gathered(scorer.policy.state_dict())
     if main:
         if test_split is not None:
@@ -287,7 +320,7 @@ def learning_rate(step: int, total: int, config: Config | RewardConfig) -> float
     return config.learning_rate * shape[config.scheduler]
 
 
-def _planned(
+def planned_steps(
     accelerator: Accelerator,
     split: Split,
     order: data.Order,
@@ -381,6 +414,8 @@ def _report_bad(
 
 def _ids(judged: list[Judged], split: Split) -> str:
     rows = [row for one in judged for row in one.rows]
+    if not split.files:  # sampled rows have no ids
+        return f"{rows[:8]} of the round"
     names = split.columns(["id"], rows[:8])["id"].to_pylist()
     return ", ".join(names) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
 
@@ -465,13 +500,18 @@ def _settings(args: argparse.Namespace, output: Path) -> Config:
         config = settings.load(output / "config.yaml")
     else:
         config = settings.load(args.config, args.set)
+    required(config)
+    return with_dtype(config)
+
+
+def required(config: Config) -> None:
+    """`UsageError` when a package that a setting needs is not installed."""
     if config.tracker != "none":
         policy.require(config.tracker, f"tracker={config.tracker}")
     if config.lora:
         policy.require("peft", "lora")
     if config.quantization != "none":
         policy.require("bitsandbytes", f"quantization={config.quantization}")
-    return with_dtype(config)
 
 
 def with_dtype(config: C) -> C:
@@ -483,7 +523,7 @@ def with_dtype(config: C) -> C:
     return dataclasses.replace(config, dtype="bfloat16" if bf16 else "float32")
 
 
-def _accelerator(config: Config, output: Path) -> Accelerator:
+def accelerator_of(config: Config, output: Path) -> Accelerator:
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else several processes on CPUs would not know of each other
         mixed_precision="bf16" if config.dtype == "bfloat16" else "no",

@@ -1,8 +1,9 @@
-"""Engines that compute response log-probs under the reference model; each module has the same `load`."""
+"""Engines that compute response log-probs under the reference model, or sample responses from a model."""
 
 import importlib.metadata
 import importlib.util
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -107,3 +108,62 @@ def device_of(asked: str) -> str:
     if asked == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU that PyTorch can use is here; see `nvidia-smi`, or leave it to auto")
     return "cuda" if torch.cuda.is_available() and asked != "cpu" else "cpu"
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A response as a model wrote it."""
+
+    ids: list[int]  # the end-of-turn token included, if it was written
+    logps: np.ndarray  # float32, one per token, nats; of the model at temperature 1
+    finished: bool  # ended with the end-of-turn token, not because there was no room for more
+
+
+class Sampler(Protocol):
+    """Samples responses. `version` names the library and release that does the work."""
+
+    version: str
+
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        n: int,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: int,
+        seeds: Sequence[int],
+    ) -> list[list[Sampled]]:
+        """`n` responses to each prompt's token ids. `seeds`: one for each prompt; its samples have their own from it.
+
+        A prompt with its seed gives the same samples beside whatever others, but for the rounding of logits.
+        """
+        ...
+
+
+def load_sampler(
+    name: str,
+    model: str,
+    *,
+    dtype: str,
+    batch_tokens: int,
+    max_length: int,
+    end_of_turn: int,
+    adapter: str | None = None,
+) -> Sampler:
+    """Load what samples by the engine's name. `max_length`: the longest prompt plus response, in tokens; `adapter`: the
+    directory of a LoRA adapter to the model."""
+    from pipelines.engines.sampling import LOADERS
+
+    load_one: Any = LOADERS[name]
+    return load_one(
+        model,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        max_length=max_length,
+        end_of_turn=end_of_turn,
+        adapter=adapter,
+    )

@@ -1,0 +1,90 @@
+"""log π_ref of sampled responses without a second model beside the policy.
+
+With an adapter, the reference is the policy with the adapter off. With full training, the reference's weights wait in
+main memory and change places with the policy's while a round is scored, or the reference is loaded by its engine for
+each round and let go again.
+"""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from una_train import data
+from una_train.config import OnlineConfig
+from una_train.data import Split
+from una_train.policy import Scorer
+
+
+class Reference:
+    """The reference beside a policy that is trained; made before the first step, or of the model that it began with."""
+
+    def __init__(self, model_dir: Path, scorer: Scorer, config: OnlineConfig, started_from: dict[str, torch.Tensor]):
+        how = config.reference
+        self.how = how if how != "auto" else "adapter" if config.lora else "weights"
+        self.model_dir, self.scorer, self.config = model_dir, scorer, config
+        self._weights = {}
+        if self.how == "weights":
+            names = [name for name, _ in scorer.policy.named_parameters()]
+            self._weights = {name: started_from[name].detach().cpu().clone() for name in names}
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it, the policy is the reference."""
+        if self.how == "adapter":
+            with self.scorer.policy.disable_adapter():
+                yield
+            return
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        """The weights here for those of the policy, one after the other: no more than one of them is there twice."""
+        for name, parameter in self.scorer.policy.named_parameters():
+            other = self._weights[name]
+            if other.device == parameter.device:
+                parameter.data, self._weights[name] = other, parameter.data
+            else:
+                self._weights[name] = parameter.data.cpu()
+                parameter.data.copy_(other)
+
+    def score(self, accelerator: Accelerator, model: nn.Module, split: Split, layout: str) -> list[np.ndarray]:
+        """log π_ref of each row's response tokens, nats, float32, in the order of the split's rows."""
+        if self.how == "stage":
+            return self._by_engine(split)
+        found: list[np.ndarray] = [np.empty(0, np.float32)] * len(split.rewards)
+        model.eval()
+        with torch.no_grad(), self.in_place():
+            for micro in data.micro_batches(split, split.bundles(), self.config.micro_batch_tokens, layout):
+                batch = data.collate(split, micro, layout).to(accelerator.device)
+                logps, _ = model(batch)
+                rows = [row for group in batch.groups for row in group]
+                for row, of in zip(rows, np.split(logps.cpu().numpy(), np.cumsum(batch.lengths)[:-1]), strict=True):
+                    found[row] = of
+        return found
+
+    def _by_engine(self, split: Split) -> list[np.ndarray]:
+        from pipelines import engines
+
+        rows = range(len(split.rewards))
+        engine = engines.load(
+            "transformers",
+            str(self.model_dir),
+            dtype=self.config.dtype,
+            batch_tokens=self.config.micro_batch_tokens,
+            max_length=int(split.lengths.max()),
+        )
+        found = engine.score([split.prompts[i].tolist() for i in rows], [split.responses[i].tolist() for i in rows])
+        del engine
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return found

@@ -1,0 +1,73 @@
+"""What a labeller of `una label` says of responses, as rewards in [0, 1] that mean the same in every round.
+
+The raw score is calibrated by the ends of the labeller's scale, by a sigmoid, or by statistics of the first round,
+which are kept with the run. A response that the labeller gives no score has a `Reject` for one.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines import labellers
+from pipelines.labellers import calibration
+from pipelines.labellers.base import Item, Outcome, Score
+from pipelines.labellers.cache import Cache
+from schemas.errors import Reject, UsageError, UserError
+
+
+class Rewards:
+    """A labeller with its calibration; `fitted` is what a checkpoint keeps, None until the first round."""
+
+    def __init__(self, spec: str, calibrate: str, temperature: float):
+        self._asked = asked = labellers.asked(spec)
+        kind = asked.kind
+        if kind.pairs(asked.settings):
+            raise UsageError(f"{spec}: this labeller compares two responses; online rewards are of one response each")
+        self.identity = kind.identify(asked.settings)
+        name, ends = self.identity.labeller, self.identity.ends
+        self.scale = calibration.choose(calibrate, name, ends, False, temperature)
+        self.fitted: dict[str, Any] | None = None
+        if self.scale.method in ("none", "range", "sigmoid"):
+            self.fitted = calibration.fit(self.scale, np.empty(0), np.empty(0), (np.nan, np.nan))
+
+    def load(self, cache: Path) -> None:
+        """Load the labeller, which keeps in `cache` what cost something."""
+        self._label = self._asked.kind.load(self._asked.settings, Cache(cache))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Who rewards, and how."""
+        return {
+            "labeller": self.identity.labeller,
+            "fingerprint": dict(self.identity.fingerprint),
+            "calibrate": self.scale.method,
+        }
+
+    def raw(self, items: Sequence[Item]) -> list[float | Reject]:
+        """The raw score of every item."""
+        found: list[float | Reject | None] = [None] * len(items)
+        for i, outcome in self._label(items) if items else ():
+            found[i] = self._checked(outcome)
+        assert None not in found, f"{self.identity.labeller}: no outcome of item {found.index(None)}"
+        return found  # type: ignore[return-value]
+
+    def _checked(self, outcome: Outcome) -> float | Reject:
+        if not isinstance(outcome, Score):
+            return outcome
+        low, high = self.identity.ends or (-np.inf, np.inf)
+        if np.isfinite(outcome.value) and low <= outcome.value <= high:
+            return float(outcome.value)
+        return Reject("invalid_score", f"the score is {outcome.value:g}, and the scale is {low:g} to {high:g}")
+
+    def calibrated(self, raw: np.ndarray) -> np.ndarray:
+        """Rewards in [0, 1] of raw scores [n], as float32 holds them; NaN stays NaN."""
+        if self.fitted is None:
+            known = raw[np.isfinite(raw)]
+            if not len(known):
+                raise UserError(f"{self.identity.labeller} scored no response of the first round: nothing to calibrate")
+            self.fitted = calibration.fit(
+                self.scale, known, np.full(len(known), np.nan), (float(known.min()), float(known.max()))
+            )
+        return calibration.calibrated(raw, self.fitted).astype(np.float32).astype(np.float64)
