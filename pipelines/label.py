@@ -505,7 +505,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
 def labelling(args: argparse.Namespace) -> tuple[Labelling, dict[str, Any] | None]:
     """What is to be done, and the statistics of `--calibration`; `UsageError` for what does not go together."""
     asked = _within_budget([labellers.asked(spec) for spec in args.labeller], args.budget)
-    voices = tuple(_voice(one) for one in asked)
+    voices = tuple(voice_of(one) for one in asked)
     names = tuple(voice.identity.labeller for voice in voices)
     if len(set(names)) < len(names):
         raise UsageError(f"--labeller: {Counter(names).most_common(1)[0][0]} is there twice; leave one out")
@@ -534,7 +534,8 @@ def labelling(args: argparse.Namespace) -> tuple[Labelling, dict[str, Any] | Non
     return Labelling(voices, asking, ensemble, name, args.temperature), stored
 
 
-def _voice(asked: labellers.Asked) -> Voice:
+def voice_of(asked: labellers.Asked) -> Voice:
+    """The labeller with its identity; what can be checked cheaply is checked."""
     kind, settings = asked.kind, asked.settings
     return Voice(kind.identify(settings), settings, kind.load, kind.pairs(settings), kind.shared(settings))
 
