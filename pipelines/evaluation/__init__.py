@@ -75,6 +75,8 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     """`una eval`: returns the summary that `--json` prints, which is `evaluation.json` too."""
     how = _how(args)
     voices = [voice_of(labellers.asked(spec)) for spec in args.reward]
+    if not args.against and (alone := next((voice for voice in voices if voice.pairs), None)):
+        raise UsageError(f"--reward: {alone.identity.labeller} compares two responses; name others with --against")
     suite = suites.suite_of(args.suite) if args.suite else None
     harness = suites.Harness(suite) if suite else None
     asked, refused = questions.read(args.prompts, args.split, args.limit) if args.prompts else ([], [])
@@ -169,7 +171,9 @@ def _asked(
         else answers.sampled(one, asked, how, cache)
         for one in contestants
     }  # fmt: skip
-    notes = [f"{one.name}: outputs that were given, so no lengths in tokens and no KL." for one in contestants if one.outputs]
+    notes = [
+        f"{one.name}: outputs that were given, so no lengths in tokens and no KL." for one in contestants if one.outputs
+    ]
     if reference:
         notes += _against_reference(contestants, said, reference, how)
     pq.write_table(answers.table(said), stage / FILES[0])
@@ -219,8 +223,6 @@ def _judged(
         label = rewards.load(voice, cache)
         if not voice.pairs:
             found += [(voice, name, rewards.of_answers(label, voice, of)) for name, of in said.items()]
-        elif not others:
-            raise UsageError(f"--reward: {voice.identity.labeller} compares two responses; name others with --against")
         else:
             for name in others:
                 key = (voice.identity.labeller, main, name)

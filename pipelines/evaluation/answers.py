@@ -237,6 +237,7 @@ def _read(path: Path, questions: Sequence[Question]) -> list[Answer]:
     known = {question.id: question for question in questions}
     answers = []
     for row in pq.read_table(path).to_pylist():
+        row["prompt"] = [{k: v for k, v in turn.items() if v is not None} for turn in row["prompt"]]
         why = Reject(row["reason"], row["detail"]) if row["reason"] else None
         facts = {name: row[name] for name in SAMPLES.names if name in _PLAIN}
         answers.append(Answer(question=known[row["question"]], why=why, **facts))

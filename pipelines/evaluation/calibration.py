@@ -20,6 +20,7 @@ from schemas.errors import UserError
 from schemas.feedback import TYPES
 from schemas.fingerprint import fingerprint
 
+_DIGITS = 6  # of implicit rewards: what differs by less differs by rounding
 _COLUMNS = ["type", "prompt_id", "comparison_id", "reward", "prompt_ids", "response_ids", "ref_logp"]
 
 
@@ -81,7 +82,7 @@ def agree(rows: Mapping[str, Sequence[Any]], h: np.ndarray, betas: Mapping[str, 
     for kind in (kind for kind in TYPES if (kinds == kind).any()):
         where = np.flatnonzero(kinds == kind)
         beta = betas[kind] or 0.0
-        implicit, explicit = beta * h[where], rewards[where]
+        implicit, explicit = np.round(beta * h[where], _DIGITS), rewards[where]
         pairs = kind == "pairwise"
         names = [rows["comparison_id" if pairs else "prompt_id"][i] for i in where]
         first, second = _pairs(names)

@@ -78,7 +78,7 @@ def _reward_table(found: Facts) -> Block:
         for name, of in by_model.items()
     ]
     return table(
-        ["labeller", "model", "answers", "mean", "from", "to", "prompts", "without a reward"], body, range(2, 8)
+        ["labeller", "model", "answers", "mean", "from", "to", "prompts", "lost"], body, range(2, 8)
     )
 
 
@@ -125,7 +125,7 @@ def _win_table(found: Facts) -> Block:
             rates = [*_interval(of["win_rate"]), of["ties"], *_interval(of["length_controlled"])]
             body.append([labeller, f"{main} against {other}", of["prompts"], *rates, of.get("longer_by"), _lost(of)])
     head = ["labeller", "models", "prompts", "win rate", "from", "to", "ties", "at equal length", "from", "to"]
-    return table([*head, "longer by (characters)", "not judged"], body, range(2, 12))
+    return table([*head, "longer by (characters)", "lost"], body, range(2, 12))
 
 
 def _frontier(found: Facts) -> Block:
@@ -167,8 +167,8 @@ def _kl_table(found: Facts) -> Block:
 
 def _texts_table(found: Facts) -> Block:
     keys = ["answers", "finished", "tokens", "words", "characters"]
-    keys += ["distinct_1", "distinct_2", "distinct_3", "distinct_4", "repetition"]
-    head = ["model", *(key.replace("_", "-") for key in keys), "without an answer"]
+    keys += ["distinct_1", "distinct_2", "distinct_4", "repetition"]
+    head = ["model", *(key.replace("_", "-") for key in keys), "lost"]
     body = [[name, *map(of.get, keys), _lost(of)] for name, of in found.get("answers", {}).items()]
     return table(head, body, range(1, len(head)))
 
