@@ -17,7 +17,7 @@ from pipelines.labellers.judge_settings import Settings
 from pipelines.readers import KINDS
 from schemas.errors import REASONS
 from schemas.feedback import FEEDBACK, REFERENCE_COLUMNS
-from una_train.config import Config, RewardConfig
+from una_train.config import NOT_ONLINE, Config, OnlineConfig, RewardConfig
 from una_train.losses import OBJECTIVES
 from una_train.offsets import OFFSETS
 
@@ -66,6 +66,19 @@ def settings(defaults: Any) -> str:
         for f in dataclasses.fields(defaults)
     ]
     return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
+
+
+def online_settings() -> str:
+    """Those that training has not, or with another default."""
+    before, online = Config(), OnlineConfig()
+    table = settings(online).splitlines()
+    rows = [
+        row
+        for f, row in zip(dataclasses.fields(online), table[2:], strict=True)
+        if f.name not in NOT_ONLINE
+        and (not hasattr(before, f.name) or getattr(online, f.name) != getattr(before, f.name))
+    ]
+    return "\n".join([*table[:2], *rows])
 
 
 def _default(value: object) -> str:
@@ -122,6 +135,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "layouts": layouts,
     "reasons": reasons,
     "settings": lambda: settings(Config()),
+    "online settings": online_settings,
     "reward_settings": lambda: settings(RewardConfig()),
     "objectives": objectives,
     "judge": lambda: settings(Settings(model="")),

@@ -17,7 +17,7 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -322,23 +322,26 @@ class World:
 def _rendered(
     found: list[Prompt], refused: Counter[str], renderer: render.Renderer, model_dir: Path, config: OnlineConfig
 ) -> World:
-    """The prompts that fit into the model's context with a response, as token ids."""
+    """Prompts that fit into the model's context with a response, as token ids: as many as the rounds take, at random."""
     text = transformers.AutoConfig.from_pretrained(model_dir).get_text_config()
     context = getattr(text, "max_position_embeddings", None) or 2**31
     most = context - config.max_new_tokens
     if most < 1:
         raise UsageError(f"max_new_tokens={config.max_new_tokens}: the context of {model_dir} is {context} tokens")
-    prompts, ids, refused = [], [], Counter(refused)
-    for prompt in found:
+    prompts, ids, refused = list[Prompt](), list[list[int]](), Counter(refused)
+    order = np.random.default_rng([config.seed, 0]).permutation(len(found))
+    wanted = config.rounds * config.prompts_per_round
+    for i in order:
+        if len(prompts) == wanted:
+            break
         try:
-            rendered = renderer.prompt_ids(prompt.messages)
+            rendered = renderer.prompt_ids(found[i].messages)
+            if len(rendered) > most:
+                raise Reject("too_long", f"{len(rendered)} tokens")
         except Reject as why:
             refused[why.reason] += 1
             continue
-        if len(rendered) > most:
-            refused["too_long"] += 1
-            continue
-        prompts.append(prompt)
+        prompts.append(found[i])
         ids.append(rendered)
     if not prompts:
         reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(refused.items()))
@@ -351,12 +354,12 @@ def _rendered(
 
 
 def _places(count: int, number: int, config: OnlineConfig) -> list[int]:
-    """Which prompts a round takes: the next ones in an order that is drawn anew for each pass over all."""
+    """Which prompts a round takes: the next ones, in an order that is drawn anew for each pass after the first."""
     size = min(config.prompts_per_round, count)
     start = (number - 1) * size
     found: list[int] = []
     for epoch in range(start // count, (start + size - 1) // count + 1):
-        order = np.random.default_rng([config.seed, epoch]).permutation(count)
+        order = np.random.default_rng([config.seed, epoch]).permutation(count) if epoch else np.arange(count)
         found += order[max(0, start - epoch * count) : start + size - epoch * count].tolist()
     return found
 
