@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.converters import CONVERTERS
+from pipelines.evaluation.suite import SUITES
 from pipelines.labellers import rules
 from pipelines.labellers.judge_settings import Settings
 from pipelines.readers import KINDS
@@ -129,6 +130,15 @@ def _rule_default(field: dataclasses.Field) -> str:
     return _default(field.default) if field.default is not None else ""
 
 
+def suites() -> str:
+    rows = [
+        f"| `{suite}` | {label} | `{task.name}` | {task.shots} | {', '.join(f'`{m}`' for m in task.metrics)} |"
+        for suite, tasks in SUITES.items()
+        for label, task in tasks.items()
+    ]
+    return "\n".join(["| suite | task | in the harness | shots | metric |", "|---|---|---|---|---|", *rows])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "columns": columns,
     "formats": formats,
@@ -142,6 +152,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "offsets": offsets,
     "rules": kinds_of_rules,
     "rule settings": settings_of_rules,
+    "suites": suites,
 }
 
 

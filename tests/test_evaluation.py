@@ -18,7 +18,7 @@ from scipy import stats as scipy_stats
 from transformers import AutoTokenizer
 
 from pipelines import engines, render
-from pipelines.evaluation import answers, calibration, models, questions
+from pipelines.evaluation import answers, calibration, divergence, models, questions
 from pipelines.evaluation.answers import How
 from pipelines.report import evaluation
 from schemas.errors import Reject, UsageError, UserError
@@ -162,6 +162,24 @@ def test_a_question_is_answered_the_same_whatever_else_is_asked(tiny_model, tmp_
     alone = answers.sampled(contestant, asked[3:4], how, tmp_path)
     assert alone[0].response_ids == together[3].response_ids
     assert answers.sampled(contestant, asked, how, tmp_path) == together  # from the cache
+
+
+def test_kl_is_that_of_the_distributions(tiny_model, other_model, tmp_path):
+    """Of responses of one token the KL can be summed over the whole vocabulary."""
+    asked = [questions.question({"prompt": p}) for p in HELD_OUT[:3]]
+    found = answers.sampled(
+        models.named([str(other_model)], tmp_path)[0], asked, How(n=400, max_new_tokens=1), tmp_path
+    )
+    answers.score(found, str(tiny_model), How())
+    exact = []
+    for question in asked:
+        ids = torch.tensor([render.load(tiny_model).prompt_ids(question.opening)])
+        with torch.inference_mode():
+            p, q = (demo.load(m)(input_ids=ids).logits[0, -1].log_softmax(-1) for m in (other_model, tiny_model))
+        exact.append(float((p.exp() * (p - q)).sum()))
+    h = np.array([answer.logratio for answer in found])
+    assert divergence(found)["nats"] == pytest.approx(plain.mean(exact), abs=4 * h.std() / math.sqrt(len(h)))
+    assert plain.mean(exact) > 5 * h.std() / math.sqrt(len(h))  # so that 0 would not pass
 
 
 # --- judges --------------------------------------------------------------------------------------

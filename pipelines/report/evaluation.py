@@ -77,9 +77,7 @@ def _reward_table(found: Facts) -> Block:
         for labeller, by_model in found.get("rewards", {}).items()
         for name, of in by_model.items()
     ]
-    return table(
-        ["labeller", "model", "answers", "mean", "from", "to", "prompts", "lost"], body, range(2, 8)
-    )
+    return table(["labeller", "model", "answers", "mean", "from", "to", "prompts", "lost"], body, range(2, 8))
 
 
 def _lost(of: Facts) -> str | int:
@@ -125,7 +123,7 @@ def _win_table(found: Facts) -> Block:
             rates = [*_interval(of["win_rate"]), of["ties"], *_interval(of["length_controlled"])]
             body.append([labeller, f"{main} against {other}", of["prompts"], *rates, of.get("longer_by"), _lost(of)])
     head = ["labeller", "models", "prompts", "win rate", "from", "to", "ties", "at equal length", "from", "to"]
-    return table([*head, "longer by (characters)", "lost"], body, range(2, 12))
+    return table([*head, "longer by", "lost"], body, range(2, 12))
 
 
 def _frontier(found: Facts) -> Block:
