@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines import dataset, engines, labellers, prompts, report
+from pipelines import dataset, engines, io, labellers, prompts, report
 from pipelines.evaluation import answers, calibration, models, questions, rewards, statistics
 from pipelines.evaluation import suite as suites
 from pipelines.evaluation.answers import Answer, How
@@ -83,6 +83,8 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     held_out = calibration.read(args.dataset, args.split, args.limit) if args.dataset else None
     reference = str(local_model(args.reference)) if args.reference else None
     output = args.output.rstrip("/")
+    if io.is_remote(output):
+        raise UsageError(f"--output {output}: must be a directory of this machine")
     dataset.refuse(output, [path for path in (args.prompts, args.dataset, args.model, *args.against) if path])
     stage = Path(dataset.prepare(output, args.overwrite))
     with dataset.staged(str(stage)):
@@ -92,10 +94,10 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
         ours = [one for one in contestants if one.outputs is None]
         found: dict[str, Any] = {"output": output, "models": {one.name: one.given for one in contestants}}
         found["settings"] = {**dataclasses.asdict(how), "prompts": args.prompts, "reference": args.reference}
-        if asked:
-            found |= _asked(contestants, asked, voices, reference, how, cache, stage)
-            pq.write_table(_refused(refused), stage / FILES[3])
-            found["prompts"] = {"asked": len(asked), "rejected": len(refused)}
+        found["notes"] = notes = _whole_datasets(args) + _turns_left_out(asked, voices)
+        said = {one.name: _answers(one, asked, how, cache) for one in contestants} if asked else {}
+        if reference:
+            notes += _against_reference(contestants, said, reference, how)
         if held_out:
             measured = {one.name: calibration.measure(one, held_out, how, args.beta) for one in ours}
             found["calibration"] = {"dataset": held_out.path, "rows": len(held_out.rows["type"]), "models": measured}
@@ -103,11 +105,28 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
             scores = {one.name: harness.run(one.directory, how.dtype, args.limit) for one in ours}
             found["suite"] = {"name": suite.name, "limit": args.limit, "models": scores}
             found["suite"] |= {"paper": suites.PAPER.get(suite.name, {}), "about_paper": suites.ABOUT_PAPER}
+        if said:  # last, as a judge that was loaded stays in memory
+            found |= _judge(said, voices, how.seed, cache, stage)
+            found["prompts"] = {"asked": len(asked), "rejected": len(refused)}
+            pq.write_table(_refused(refused), stage / FILES[3])
         if failed := _failed(found, args.max_rejected):
             found["failed"] = failed
         _write(found, stage, Path(output))
     tell(found)
     return found
+
+
+def _whole_datasets(args: argparse.Namespace) -> list[str]:
+    """Notes on datasets that have no split to hold out."""
+    given = [path.rstrip("/") for path in (args.prompts, args.dataset) if path and prompts.is_dataset(path)]
+    whole = [path for path in dict.fromkeys(given) if questions.split_of(path, args.split) is None]
+    return [f"{path} has no split `test`, so all of it is used, what was trained on included." for path in whole]
+
+
+def _turns_left_out(asked: Sequence[questions.Question], voices: Sequence[Voice]) -> list[str]:
+    pairs = [voice.identity.labeller for voice in voices if voice.pairs]
+    some = any(question.later for question in asked)
+    return [f"{name} compares the first turns alone: later ones follow different answers." for name in pairs if some]
 
 
 def _refused(refused: Sequence[prompts.Refused]) -> pa.Table:
@@ -156,29 +175,16 @@ def _how(args: argparse.Namespace) -> How:
 # --- answers to prompts --------------------------------------------------------------------------
 
 
-def _asked(
-    contestants: Sequence[Contestant],
-    asked: list[questions.Question],
-    voices: Sequence[Voice],
-    reference: str | None,
-    how: How,
-    cache: Path,
-    stage: Path,
+def _answers(one: Contestant, asked: list[questions.Question], how: How, cache: Path) -> list[Answer]:
+    return answers.sampled(one, asked, how, cache) if one.outputs is None else answers.given(one, asked)
+
+
+def _judge(
+    said: Mapping[str, list[Answer]], voices: Sequence[Voice], seed: int, cache: Path, stage: Path
 ) -> dict[str, Any]:
-    """Ask everybody, have it judged, and write the tables; what `evaluation.json` says of it."""
-    said = {
-        one.name: answers.given(one, asked) if one.outputs is not None
-        else answers.sampled(one, asked, how, cache)
-        for one in contestants
-    }  # fmt: skip
-    notes = [
-        f"{one.name}: outputs that were given, so no lengths in tokens and no KL." for one in contestants if one.outputs
-    ]
-    if reference:
-        notes += _against_reference(contestants, said, reference, how)
+    """Have all answers judged, and write the tables; what `evaluation.json` says of it."""
     pq.write_table(answers.table(said), stage / FILES[0])
-    by_voice, compared = _judged(voices, said, cache)
-    names = {(voice.identity.labeller, model): of for voice, model, of in by_voice}
+    names, compared = _judged(voices, said, cache)
     rows = [one.row(labeller=name, model=model) for (name, model), of in names.items() for one in of]
     pq.write_table(pa.Table.from_pylist(rows, rewards.REWARDS), stage / FILES[1])
     both = [one.row(labeller=v, model=m, against=o) for (v, m, o), of in compared.items() for one in of]
@@ -186,9 +192,8 @@ def _asked(
     return {
         "answers": {name: of_texts(of, least_words(said)) for name, of in said.items()},
         "kl": {name: divergence(of) for name, of in said.items() if any(a.ref_logp is not None for a in of)},
-        "rewards": _by_labeller({key: mean_reward(of, how.seed) for key, of in names.items()}),
-        "wins": wins(names, compared, [one.name for one in contestants], how.seed),
-        "notes": notes,
+        "rewards": _by_labeller({key: mean_reward(of, seed) for key, of in names.items()}),
+        "wins": wins(names, compared, list(said), seed),
     }
 
 
@@ -203,8 +208,8 @@ def _against_reference(
     vocabulary, notes, asked = render.load_tokenizer(reference).get_vocab(), [], list[Answer]()
     for one in contestants:
         if one.outputs is not None:
-            continue
-        if render.load_tokenizer(one.directory).get_vocab() != vocabulary:
+            notes.append(f"{one.name}: outputs that were given, so no lengths in tokens and no KL.")
+        elif render.load_tokenizer(one.directory).get_vocab() != vocabulary:
             notes.append(f"{one.name}: no KL, its tokens are not those of the reference.")
         else:
             asked += said[one.name]
@@ -215,18 +220,18 @@ def _against_reference(
 
 def _judged(
     voices: Sequence[Voice], said: Mapping[str, list[Answer]], cache: Path
-) -> tuple[list[tuple[Voice, str, list[Rewarded]]], dict[tuple[str, str, str], list[Rewarded]]]:
+) -> tuple[dict[tuple[str, str], list[Rewarded]], dict[tuple[str, str, str], list[Rewarded]]]:
     """Rewards of all answers by labellers of responses; comparisons with the first model by labellers of pairs."""
-    found, compared = [], {}
+    found, compared = dict[tuple[str, str], list[Rewarded]](), dict[tuple[str, str, str], list[Rewarded]]()
     main, *others = said
     for voice in voices:
-        label = rewards.load(voice, cache)
-        if not voice.pairs:
-            found += [(voice, name, rewards.of_answers(label, voice, of)) for name, of in said.items()]
+        label, name = rewards.load(voice, cache), voice.identity.labeller
+        if voice.pairs:
+            compared |= {
+                (name, main, other): rewards.compared(label, voice, said[main], said[other]) for other in others
+            }
         else:
-            for name in others:
-                key = (voice.identity.labeller, main, name)
-                compared[key] = rewards.compared(label, voice, said[main], said[name])
+            found |= {(name, model): rewards.of_answers(label, voice, of) for model, of in said.items()}
     return found, compared
 
 

@@ -8,7 +8,7 @@ import gc
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,7 +228,7 @@ def release(engine: Any) -> None:
     gc.collect()
 
 
-def table(answers: dict[str, list[Answer]]) -> pa.Table:
+def table(answers: Mapping[str, Sequence[Answer]]) -> pa.Table:
     rows = [answer.row(model) for model, of in answers.items() for answer in of]
     return pa.Table.from_pylist(rows, SAMPLES)
 

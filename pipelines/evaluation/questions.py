@@ -60,14 +60,18 @@ def read(path: str, split: str | None = None, limit: int | None = None) -> tuple
     return questions[:limit], refused
 
 
+def split_of(path: str, asked: str | None) -> str | None:
+    """The split of a dataset that is meant: the one asked for, else `test`, else None, which is all of it."""
+    splits = dataset.read_manifest(path).splits
+    if asked and asked not in splits:
+        raise UserError(f"{path}: no split {asked!r}, only {', '.join(splits)}; name one with --split")
+    return asked or ("test" if "test" in splits else None)
+
+
 def rows_of(path: str, split: str | None, columns: list[str]) -> list[dict[str, Any]]:
-    """The rows of a dataset's split: the one asked for, else `test`, else all."""
-    manifest = dataset.read_manifest(path)
-    if split and split not in manifest.splits:
-        raise UserError(f"{path}: no split {split!r}, only {', '.join(manifest.splits)}; name one with --split")
-    chosen = split or ("test" if "test" in manifest.splits else None)
-    rows: list[dict[str, Any]] = []
-    for file in dataset.data_files(path, manifest):
+    """The rows of that split."""
+    chosen, rows = split_of(path, split), list[dict[str, Any]]()
+    for file in dataset.data_files(path, dataset.read_manifest(path)):
         if chosen is None or io.name(file).startswith(f"{chosen}-"):
             with io.open_parquet(file) as parquet:
                 rows += parquet.read(columns=columns).to_pylist()
@@ -108,8 +112,8 @@ def question(record: dict[str, Any]) -> Question:
         while opening and opening[-1]["role"] == "assistant":  # what was answered then
             opening = opening[:-1]
     opening = messages.with_system(record, opening)
-    for turns in (opening, *([Message(role="user", content=turn)] for turn in later)):
-        prompts.check(turns)
+    for asked in (opening, *([Message(role="user", content=turn)] for turn in later)):
+        prompts.check(asked)
     return Question(opening, later, metadata)
 
 
