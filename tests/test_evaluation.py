@@ -345,6 +345,17 @@ def test_questions():
             ask(record)
 
 
+@pytest.mark.real_data
+def test_mt_bench_as_it_is(real_data):
+    asked, refused = questions.read(str(real_data / "mt_bench_single" / "question.jsonl"))
+    assert (len(asked), refused) == (80, [])
+    assert all(len(one.later) == 1 for one in asked)
+    assert len({one.metadata["category"] for one in asked}) == 8
+    with_reference = [one for one in asked if "reference" in one.metadata]
+    assert len(with_reference) == 39
+    assert [with_reference[0].about(turn)["reference"] for turn in (0, 1)] == with_reference[0].metadata["reference"]
+
+
 def test_models_are_named_by_what_tells_them_apart(tmp_path, tiny_model):
     for name in ("a", "b"):
         shutil.copytree(tiny_model, tmp_path / name / "policy")

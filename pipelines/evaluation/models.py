@@ -6,7 +6,6 @@ a policy without a tokenizer gets that of the model it began as.
 
 import contextlib
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from pipelines import io
 from pipelines.evaluation import questions
 from schemas.errors import UsageError, UserError
-from schemas.fingerprint import TEMPLATE_FILE, TOKENIZER_FILES, local_model
+from schemas.fingerprint import TOKENIZER_FILES, copy_tokenizer, local_model
 
 RUN, ADAPTER = "run.json", "adapter_config.json"
 
@@ -87,7 +86,7 @@ def _whole(directory: Path, began_as: str | None, made: Path) -> Path:
             raise UserError(f"{directory}: the adapter does not name its model; merge it yourself, and give the result")
         model = local_model(base)
         _merge(directory, model, made)
-        _copy_tokenizer(model, made)
+        copy_tokenizer(model, made)
         return made
     if any((directory / name).is_file() for name in TOKENIZER_FILES):
         return directory
@@ -96,7 +95,7 @@ def _whole(directory: Path, began_as: str | None, made: Path) -> Path:
     made.mkdir()
     for file in directory.iterdir():
         (made / file.name).symlink_to(file.resolve())
-    _copy_tokenizer(local_model(began_as), made)
+    copy_tokenizer(local_model(began_as), made)
     return made
 
 
@@ -111,9 +110,3 @@ def _merge(adapter: Path, model: Path, made: Path) -> None:
         merged.merge_and_unload().save_pretrained(made)
     except Exception as error:  # what damaged directories raise is anything
         raise UserError(f"{adapter}: cannot be merged into {model} ({type(error).__name__}: {error})") from None
-
-
-def _copy_tokenizer(model: Path, where: Path) -> None:
-    for file in model.iterdir():
-        if file.name in (*TOKENIZER_FILES, TEMPLATE_FILE) or file.suffix == ".tiktoken":
-            shutil.copyfile(file, where / file.name)

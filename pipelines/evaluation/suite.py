@@ -64,7 +64,8 @@ PAPER = {
 ABOUT_PAPER = (
     "The paper's averages are quoted from readers' reports that agree; its numbers by task, and those of the old "
     "leaderboard, could not be verified and are left out. Its authors' scripts average ifeval's four accuracies, both "
-    "filters of gsm8k, and mc1 with mc2, where the leaderboards take what is scored here, so compare with care."
+    "filters of gsm8k, and mc1 with mc2, where the leaderboards take what is scored here; and math_hard is judged by "
+    "math-verify by now. So compare with care."
 )
 
 
