@@ -17,6 +17,7 @@ import re
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -44,7 +45,7 @@ ENDINGS = {
 }
 PACKED_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 GROUP_BYTES = 64 << 20  # a row group holds about this much uncompressed text
-GROUP_ROWS = 16_384
+GROUP_ROWS = 8_192
 # What opening and reading a file can raise; `unreadable` says it.
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowInvalid)
 _PACKED = re.compile(
@@ -254,7 +255,7 @@ class PartWriter:
     """Writes Arrow tables to one zstd parquet file, a row group each time enough text has gathered.
 
     A `write` is never split over two row groups, so what must stay together goes in one call. Without rows
-    there is no file.
+    there is no file. A row group is packed in a thread while the next one gathers.
     """
 
     def __init__(
@@ -264,8 +265,11 @@ class PartWriter:
         self.path, self.schema = path, schema.with_metadata(metadata)
         self.rows, self._bytes, self._group_bytes = 0, 0, group_bytes
         self._pending: list[pa.Table] = []
+        self._hashed: _Hashed | None = None
         self._file: Any = None
         self._writer: pq.ParquetWriter | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._packing: Future[None] | None = None
 
     def write(self, table: pa.Table) -> None:
         self._pending.append(table)
@@ -276,12 +280,19 @@ class PartWriter:
 
     def _flush(self) -> None:
         if self._writer is None:
-            self._file = _Hashed(create(self.path))
+            self._hashed = _Hashed(create(self.path))
+            self._file = pa.output_stream(self._hashed, buffer_size=4 << 20)  # the thread seldom asks for Python's lock
             repeated = [c for c in ("type", "source", "labeller", "reason", "source_file") if c in self.schema.names]
             self._writer = pq.ParquetWriter(self._file, self.schema, compression="zstd", use_dictionary=repeated)
         table = pa.concat_tables(self._pending).replace_schema_metadata(self.schema.metadata)
-        self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+        self._packed()
+        self._packing = self._thread.submit(self._writer.write_table, table, row_group_size=max(1, table.num_rows))
         self._pending, self._bytes = [], 0
+
+    def _packed(self) -> None:
+        """Wait for the row group before this one, and raise what went wrong with it."""
+        if self._packing:
+            self._packing.result()
 
     def close(self) -> dict[str, Any] | None:
         """Finish the file; its facts (path, rows, bytes, sha256), or None when nothing was written."""
@@ -289,13 +300,16 @@ class PartWriter:
             self._flush()
         if self._writer is None:
             return None
+        assert self._hashed
+        self._packed()
+        self._thread.shutdown()
         self._writer.close()
         self._file.close()
         return {
             "path": self.path,
             "rows": self.rows,
-            "bytes": self._file.bytes,
-            "sha256": self._file.hash.hexdigest(),
+            "bytes": self._hashed.bytes,
+            "sha256": self._hashed.hash.hexdigest(),
         }
 
 

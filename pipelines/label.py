@@ -14,6 +14,7 @@ import threading
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -29,9 +30,10 @@ from pipelines.beam import across_processes, count, once, run_stage, shares_disk
 from pipelines.beam import check as check_flags
 from pipelines.labellers import calibration, sample
 from pipelines.labellers.base import Identity, Item, Labeller, Outcome, Score
-from pipelines.labellers.cache import Cache
+from pipelines.labellers.cache import Cache, key_of
 from pipelines.labellers.combine import COMBINE, NEED, by_name, disagreement
 from pipelines.labellers.combine import check as check_combination
+from pipelines.labellers.progress import Done, told
 from pipelines.labellers.rows import AGAINST, PAIRS, Asking, Plan, Relabelled, Scored, plan, relabelled, samples
 from pipelines.labellers.sample import Ensemble, Found
 from pipelines.reference import Address, addresses, read
@@ -111,31 +113,35 @@ class Loader:
     """Loads labellers in a worker: heavy ones once for all workers of the machine, others in every one."""
 
     def __init__(self, voices: Sequence[Voice], cache: str, across: bool):
-        self.voices, self._cache, self._across = voices, cache, across
-        self._run, self._handles = uuid.uuid4().hex, [Shared() for _ in voices]
+        self.voices, self.cache, self._across = voices, cache, across
+        self.start, self._handles = uuid.uuid4().hex, [Shared() for _ in voices]
 
     def load(self) -> list[Labeller]:
         return [self._load(j, voice) for j, voice in enumerate(self.voices)]
 
     def _load(self, j: int, voice: Voice) -> Labeller:
         def own() -> Labeller:
-            return voice.load(voice.settings, Cache(self._cache))
+            return voice.load(voice.settings, Cache(self.cache))
 
         if not voice.shared:
             return own()
         if self._across:
-            one: Any = MultiProcessShared(lambda: Shielded(own()), tag=f"una-{self._run}-{j}").acquire()
+            one: Any = MultiProcessShared(lambda: Shielded(own()), tag=f"una-{self.start}-{j}").acquire()
         else:
             one = self._handles[j].acquire(lambda: Shielded(own()))
         return lambda items: iter(one.outcomes(items))
 
 
-def outcomes(label: Labeller, items: Sequence[Item], voice: Voice) -> list[Outcome]:
-    """The outcome of every item; a score that is not finite or outside the labeller's scale is none."""
+def outcomes(label: Labeller, items: Sequence[Item], voice: Voice, done: Callable[[], None]) -> list[Outcome]:
+    """The outcome of every item; a score that is not finite or outside the labeller's scale is none.
+
+    `done` is called with every outcome that comes.
+    """
     found: list[Outcome | None] = [None] * len(items)
     for i, outcome in label(items) if items else ():
         assert found[i] is None, f"{voice.identity.labeller}: two outcomes of item {i}"
         found[i] = _checked(outcome, voice)
+        done()
     assert None not in found, f"{voice.identity.labeller}: no outcome of item {found.index(None)}"
     return found  # type: ignore[return-value]
 
@@ -158,14 +164,19 @@ class Ask(beam.DoFn):
 
     def setup(self) -> None:
         self.labellers = self.loader.load()
+        self.done = Done(Cache(self.loader.cache), self.loader.start)
 
     def process(self, address: Address) -> Iterable[dict[str, Any]]:
         rows = read(address, self.schema)
         made = plan(rows, self.how.asking)
+        asked = [_items(made, voice, self.how) for voice in self.how.voices]
+        each = rows.num_rows / max(1, sum(map(len, asked)))  # rows that an outcome stands for
         found = [
-            outcomes(label, _items(made, voice, self.how), voice)
-            for label, voice in zip(self.labellers, self.how.voices, strict=True)
+            outcomes(label, items, voice, lambda: self.done.add(each))
+            for label, items, voice in zip(self.labellers, asked, self.how.voices, strict=True)
         ]
+        self.done.add(0 if any(asked) else rows.num_rows)
+        self.done.flush()
         path = f"{self.stage}/parts/{dataset.part_name(address.index)}.scores.arrow"
         _write_scores(path, found)
         given = [by_unit(made, of, voice, self.how) for of, voice in zip(found, self.how.voices, strict=True)]
@@ -488,13 +499,14 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     voices = [voice.under(run if args.budget else f"{run}/{voice.identity.labeller}") for voice in how.voices]
     loader = Loader(voices, cache, across_processes(args.beam))
     schema = dataset.schema_of(before)
-    report = run_stage(
-        lambda p: build(p, files, how, loader, stored, schema, manifest, stage, output),
-        args.beam,
-        stage,
-        output,
-        args.max_rejected,
-    )
+    with told(cache, loader.start, manifest.inputs) if shares_disk(args.beam) else nullcontext():
+        report = run_stage(
+            lambda p: build(p, files, how, loader, stored, schema, manifest, stage, output),
+            args.beam,
+            stage,
+            output,
+            args.max_rejected,
+        )
     spent = [keeper.spent(name) for name in {voice.settings.run for voice in voices if voice.spends}]
     report["spent"] = {"calls": sum(calls for calls, _ in spent), "usd": math.fsum(usd for _, usd in spent)}
     keeper.finish(os.path.realpath(output))
@@ -505,7 +517,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
 def labelling(args: argparse.Namespace) -> tuple[Labelling, dict[str, Any] | None]:
     """What is to be done, and the statistics of `--calibration`; `UsageError` for what does not go together."""
     asked = _within_budget([labellers.asked(spec) for spec in args.labeller], args.budget)
-    voices = tuple(voice_of(one) for one in asked)
+    voices = voices_of(asked)
     names = tuple(voice.identity.labeller for voice in voices)
     if len(set(names)) < len(names):
         raise UsageError(f"--labeller: {Counter(names).most_common(1)[0][0]} is there twice; leave one out")
@@ -534,10 +546,23 @@ def labelling(args: argparse.Namespace) -> tuple[Labelling, dict[str, Any] | Non
     return Labelling(voices, asking, ensemble, name, args.temperature), stored
 
 
-def voice_of(asked: labellers.Asked) -> Voice:
-    """The labeller with its identity; what can be checked cheaply is checked."""
+def _voice(asked: labellers.Asked) -> Voice:
     kind, settings = asked.kind, asked.settings
     return Voice(kind.identify(settings), settings, kind.load, kind.pairs(settings), kind.shared(settings))
+
+
+def voices_of(asked: Sequence[labellers.Asked]) -> tuple[Voice, ...]:
+    """The labellers with their identities; those of one name, such as two lengths, with the hash of all that their scores
+    depend on. What can be checked cheaply is checked."""
+
+    def named(voice: Voice) -> Voice:
+        name = voice.identity.labeller
+        told = f"{name}{'+' if '@' in name else '@'}{key_of(dict(voice.identity.fingerprint))[:8]}"
+        return replace(voice, identity=replace(voice.identity, labeller=told)) if often[name] > 1 else voice
+
+    voices = [_voice(one) for one in asked]
+    often = Counter(voice.identity.labeller for voice in voices)
+    return tuple(map(named, voices))
 
 
 def _within_budget(asked: list[labellers.Asked], budget: str | None) -> list[labellers.Asked]:

@@ -49,7 +49,7 @@ KINDS = {
 RANGE_BYTES = 32 << 20  # a JSONL file is read in ranges of about this size
 CHUNK_BYTES = 1 << 18  # read at a time: lines that are still in the cache are parsed faster
 TEXTS_BYTES = 4 << 20  # and where records are read by column
-_OPEN, _CLOSE, _NEWLINE = b"{}\n"
+_OPEN, _CLOSE, _NEWLINE, _RETURN = b"{}\n\r"
 TEXTS_LINES = 16  # fewer are quicker read one by one
 RECORD_BYTES = 256 << 20  # a longer record is rejected with its first `HEAD_BYTES`
 HEAD_BYTES = 1 << 20
@@ -347,13 +347,13 @@ def _objects(block: bytes) -> list[int]:
     """Where the lines end, if each begins and ends as an object does; else nothing."""
     if block[:1] != b"{" or not block.endswith((b"}", b"}\r")):
         return []
-    ends, at = [], block.find(b"\n")
-    while at >= 0:
-        if block[at + 1] != _OPEN or (block[at - 1] != _CLOSE and block[at - 2 : at] != b"}\r"):
-            return []
-        ends.append(at)
-        at = block.find(b"\n", at + 1)
-    return [*ends, len(block)]
+    bytes_ = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(bytes_ == _NEWLINE)
+    last = bytes_[ends - 1]
+    last = np.where(last == _RETURN, bytes_[ends - 2], last)
+    if (bytes_[ends + 1] != _OPEN).any() or (last != _CLOSE).any():
+        return []
+    return [*ends.tolist(), len(block)]
 
 
 def _chunks(file: BinaryIO, start: int, stop: int, size: int = CHUNK_BYTES) -> Iterator[bytes]:

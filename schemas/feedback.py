@@ -446,7 +446,8 @@ def check(rows: pa.Table, *, scored: bool = False) -> None:
 
 def _is_hex(column: pa.ChunkedArray) -> pa.Array:
     """Which ids are 32 lower-case hex digits; all at once where all are."""
-    text = b"".join(column.cast(pa.binary()).to_pylist())
+    texts = column.cast(pa.binary()).combine_chunks()
+    text = pc.binary_join(pa.ListArray.from_arrays([0, len(texts)], texts), b"")[0].as_py()
     if len(text) == 32 * len(column) and not text.translate(None, b"0123456789abcdef"):
         return pc.equal(pc.binary_length(column), 32)
     return pc.match_substring_regex(column, "^[0-9a-f]{32}$")

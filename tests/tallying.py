@@ -45,9 +45,8 @@ def identify(settings: Settings) -> Identity:
 
 
 def load(settings: Settings, cache: Cache):
-    def label(items: Sequence[Item]) -> Iterator[tuple[int, Outcome]]:
-        for i in reversed(range(len(items))):
-            yield i, one(items[i])
+    def label(items: Sequence[Item]) -> Iterator[list[tuple[int, Outcome]]]:
+        return ([(i, one(items[i]))] for i in reversed(range(len(items))))
 
     def one(item: Item) -> Outcome:
         if isinstance(settings, Spending):

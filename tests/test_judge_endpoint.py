@@ -468,7 +468,29 @@ def test_a_refusal_costs_nothing_and_an_unknown_cost_is_the_reserved_one(cache):
     assert cache.spent("untold") == (1, pytest.approx(3.0, rel=0.01))
 
 
-def test_progress_tells_calls_tokens_cost_and_the_time_left(cache, caplog, monkeypatch):
+def test_what_another_worker_was_told_meanwhile_is_not_asked_again(tmp_path):
+    """Two want the same calls at once, in opposite order: each asks only for what the other has not got by then."""
+
+    def behave(call):
+        time.sleep(0.05)
+        call.answer("5")
+
+    def work(some):
+        found.append(run(server.url, some, Cache(tmp_path), concurrency=1))
+
+    found = []
+    with serving(behave) as server:
+        threads = [threading.Thread(target=work, args=(items(20)[::step],)) for step in (1, -1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert 20 <= len(server.calls) <= 22
+    assert [len(of) for of in found] == [20, 20]
+    assert all(isinstance(one, Score) for of in found for one in of.values())
+
+
+def test_progress_tells_calls_tokens_and_cost(cache, caplog, monkeypatch):
     monkeypatch.setattr(endpoint, "PROGRESS", 0.1)
     caplog.set_level(logging.INFO, "pipelines")
 
@@ -479,9 +501,7 @@ def test_progress_tells_calls_tokens_cost_and_the_time_left(cache, caplog, monke
     with serving(behave) as server:
         run(server.url, items(20), cache, concurrency=2, price_in=1000.0, price_out=500.0)
     last = caplog.messages[-1]
-    assert re.fullmatch(
-        r"20 of 20 answers \([\d.]+/s, 0 s left\); in all 20 calls, 0 failed, 200 \+ 40 tokens, 0.2200 USD", last
-    )
+    assert re.fullmatch(r"20 of 20 answers \([\d.]+/s\); in all 20 calls, 0 failed, 200 \+ 40 tokens, 0.2200 USD", last)
     assert len(caplog.messages) >= 3
 
 

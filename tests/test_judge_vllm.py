@@ -66,7 +66,7 @@ def test_a_second_run_asks_neither(at_server, tiny_model, tmp_path, monkeypatch)
     for settings in (at_server, local):
         first = outcomes(SINGLE, tmp_path, **settings, structured="choices")
         for asks in (judge.Local, judge.Endpoint):
-            monkeypatch.setattr(asks, "ask", lambda self, bodies, keep: iter([1 / 0] if bodies else []))
+            monkeypatch.setattr(asks, "ask", lambda self, bodies, *_: iter([1 / 0] if bodies else []))
         assert outcomes(SINGLE, tmp_path, **settings, structured="choices") == first
         monkeypatch.undo()
         monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-test-server")

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -224,6 +226,18 @@ def test_an_ensemble_combines_and_says_how_far_its_members_are_apart(labelled):
     told = about(row)["labelled"]
     assert told["scores"]["rule:letters"] == {"raw": 0.5, "score": 0.75}
     assert told["disagreement"] == pytest.approx(np.std(scores), abs=1e-6)
+
+
+def test_two_rules_of_a_kind_go_together_and_are_told_apart(labelled, una_here, tmp_path):
+    rows = [*bare("a", "e" * 5), *bare("b", "e" * 15), *bare("c", "e" * 50)]
+    both = ("--labeller", "length:least=10", "--labeller", "length:least=20", "--combine", "weighted")
+    write_dataset(tmp_path / "rows", rows)
+    code, _, err = una_here("label", tmp_path / "rows", "--output", tmp_path / "x", *both, "--weights", "length=1")
+    assert (code, "2 labellers 'length'; give one of rule:length@" in err) == (2, True), err
+    first, second = re.findall(r"rule:length@[0-9a-f]{8}", err)
+    _, after, _ = labelled(rows, *both, "--weights", f"{first}=3,{second}=1")
+    assert [row["reward"] for row in after] == [0, 0.75, 1]
+    assert set(about(after[1])["labelled"]["scores"]) == {first, second}
 
 
 def test_a_row_needs_all_labellers_or_any(labelled):
@@ -538,6 +552,24 @@ def test_two_processes_give_the_same_bytes_as_one_and_load_what_is_heavy_once(la
     assert stage_files(tmp_path / "out") == stage_files(tmp_path / "two")
     workers = {line.split("\t")[0] for line in log.read_text().splitlines()}
     assert len(workers) == {"letters": 2, "heavy": 1}[kind]
+
+
+@pytest.mark.parametrize("workers", [(), TWO], ids=["one", "two"])
+def test_progress_is_that_of_the_whole_run_and_of_all_workers(labelled, tmp_path, workers):
+    rows = many(700)  # three chunks
+    labelled([*rows, *scored("kept", "e", 0.5)], *letters(), name="first")
+    told = (tmp_path / "told").open("wb")
+    asked = ("--labeller", "letters:seconds=0.01", "--output", tmp_path / "out", "--cache", tmp_path / "c", *workers)
+    assert tallied(tmp_path, *asked, stderr=told).wait(300) == 0
+    lines = re.findall(
+        r"^(\d+) of 1401 rows have scores \(([\d.]+)/s\), (\S+) left$", (tmp_path / "told").read_text(), re.M
+    )
+    assert len(lines) >= 2 - bool(workers)
+    done = [int(line[0]) for line in lines]
+    assert done == sorted(done)
+    assert 0 < done[-1] <= 1401
+    with sqlite3.connect(tmp_path / "c/cache.sqlite") as db:
+        assert db.execute("SELECT count(*) FROM progress").fetchone() == (0,)
 
 
 def test_a_killed_run_goes_on_and_asks_nothing_twice(labelled, tmp_path):

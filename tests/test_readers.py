@@ -391,8 +391,9 @@ def repack(path, part, old, new):
     """Change the text of one part of a workbook."""
     with zipfile.ZipFile(path) as archive:
         parts = {info.filename: archive.read(info) for info in archive.infolist()}
-    assert old in parts[part]
-    parts[part] = parts[part].replace(old, new)
+    text = parts[part].replace(b"<v />", b"<v></v>")  # as openpyxl writes it where lxml is installed
+    assert old in text
+    parts[part] = text.replace(old, new)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in parts.items():
             archive.writestr(name, data)
@@ -442,7 +443,7 @@ def test_cells_that_are_no_values(tmp_path):
     ]
     assert found[1].value.detail == "sheet 's0', row 3, n: the cell holds the error #DIV/0!"
     assert json.loads(found[2].payload) == ["c", "x", 1]
-    repack(tmp_path / "x.xlsx", "xl/worksheets/sheet1.xml", b"<f>1+1</f><v />", b"<f>1+1</f><v>2</v>")
+    repack(tmp_path / "x.xlsx", "xl/worksheets/sheet1.xml", b"<f>1+1</f><v></v>", b"<f>1+1</f><v>2</v>")
     assert told(read(tmp_path / "x.xlsx"))[-1] == {"q": "e", "n": 2, "#REF!": None}
 
 

@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 
 import demo_world as world
 import numpy as np
@@ -202,12 +203,18 @@ def test_a_model_of_pairs_is_asked_in_both_orders(make_model, tmp_path, outputs)
         assert found[i + len(pairs)].value == pytest.approx(1 - found[i].value, abs=1e-6)
 
 
-def test_scores_come_batch_by_batch_and_are_not_computed_twice(reward_dir, tmp_path, monkeypatch):
+@pytest.fixture
+def read(monkeypatch):
+    """How many rows the network was given in each of its batches."""
     read = []
     outputs = reward_model.TransformersNetwork.outputs
     monkeypatch.setattr(
         reward_model.TransformersNetwork, "outputs", lambda self, rows: (read.append(len(rows)), outputs(self, rows))[1]
     )
+    return read
+
+
+def test_scores_come_batch_by_batch_and_are_not_computed_twice(reward_dir, tmp_path, read):
     items = some_items(10)
     first, killed = next(coming := labeller(reward_dir, tmp_path, batch_tokens=1)(items))
     assert isinstance(killed, Score)
@@ -216,6 +223,39 @@ def test_scores_come_batch_by_batch_and_are_not_computed_twice(reward_dir, tmp_p
     again = dict(labeller(reward_dir, tmp_path, batch_tokens=1)(items))
     assert sum(read) == len(items)
     assert again[first] == killed
+
+
+def test_what_is_there_twice_is_read_once_whatever_its_metadata(reward_dir, tmp_path, read):
+    some = some_items(4)
+    twice = [*some, *(Item(item.prompt, item.responses, {"number": i}) for i, item in enumerate(some))]
+    found = values(labeller(reward_dir, tmp_path)(twice))
+    assert sum(read) == 4
+    assert found[:4].tolist() == found[4:].tolist()
+    values(labeller(reward_dir, tmp_path)(twice[2:6]))
+    assert sum(read) == 4
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_a_killed_run_goes_on_with_the_same_batches_to_the_same_bits(reward_dir, tmp_path, monkeypatch, batches):
+    read = []
+    outputs = reward_model.TransformersNetwork.outputs
+
+    def reading(self, rows):
+        if len(read) == stop:
+            raise KeyboardInterrupt
+        read.append([len(row) for row in rows])
+        return outputs(self, rows)
+
+    monkeypatch.setattr(reward_model.TransformersNetwork, "outputs", reading)
+    items, stop = some_items(), -1
+    whole, expected = values(labeller(reward_dir, tmp_path / "a", batch_tokens=700)(items)), read[:]
+    assert len(expected) > batches + 1
+    read, stop = [], batches
+    with pytest.raises(KeyboardInterrupt):
+        values(labeller(reward_dir, tmp_path / "b", batch_tokens=700)(items))
+    stop = -1
+    assert values(labeller(reward_dir, tmp_path / "b", batch_tokens=700)(items)).tolist() == whole.tolist()
+    assert read == expected
 
 
 @pytest.fixture(scope="module")
@@ -463,6 +503,34 @@ def test_micro_batches_and_processes_change_no_result(tmp_path, tiny_model, una_
     for name in ("cut", "two"):
         for key, value in load_file(tmp_path / name / "reward_model/model.safetensors").items():
             torch.testing.assert_close(value, whole[key], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("lora", [[], ["lora.r=4"]], ids=["whole", "lora"])
+def test_a_killed_training_continues_bit_for_bit(tmp_path, tiny_model, una_here, lora):
+    rows = ingested(tmp_path, clear_comparisons(60, 6), una_here)
+    options = ["learning_rate=1e-3", "batch_size=8", "held_out=0.2", "epochs=4", "save_every=2", "log_every=3", *lora]
+    argv = ["reward-model", "train", rows, "--model", tiny_model]
+    given = [word for one in options for word in ("--set", one)]
+    code, _, err = una_here(*argv, *given, "--output", tmp_path / "whole")
+    assert code == 0, err
+    command = [sys.executable, "-m", "pipelines.cli", *argv, *given, "--output", tmp_path / "cut"]
+    killed = subprocess.Popen([*map(str, command)], cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not (tmp_path / "cut/checkpoint-000006").exists():
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.002)
+    killed.kill()
+    killed.communicate()
+    assert not (tmp_path / "cut/reward_model").exists()
+    code, _, err = una_here(*argv, *given, "--output", tmp_path / "cut")
+    assert (code, "continue it with --resume" in err) == (1, True), err
+    code, _, err = una_here(*argv, "--output", tmp_path / "cut", "--resume", "--set", "seed=3")
+    assert (code, "cannot continue with other" in err) == (1, True), err
+    code, _, err = una_here(*argv, "--output", tmp_path / "cut", "--resume")  # its settings are in the directory
+    assert code == 0, err
+    for file in ("reward_model/model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    runs = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "cut")]
+    assert runs[0]["final"] == runs[1]["final"]
 
 
 def test_an_adapter_is_merged_and_what_does_not_fit_is_counted(tmp_path, tiny_model, una_here):

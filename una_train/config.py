@@ -361,6 +361,8 @@ class RewardConfig:
     lora: dict[str, Any] | None = _as_above("lora")
     seed: int = _setting(0, _whole(0, 2**32 - 1), "order of the comparisons, LoRA's initial weights and dropout")
     eval_every: int = _as_above("eval_every")
+    save_every: int = _as_above("save_every")
+    keep_checkpoints: int = _as_above("keep_checkpoints")
     log_every: int = _as_above("log_every")
 
 

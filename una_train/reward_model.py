@@ -2,9 +2,10 @@
 
 The texts of pairwise rows are rendered whole by the model's chat template, which is how `una label` reads them with the
 reward-model labeller. A head that the model lacks starts at zero, so the first loss is log 2. A step is Σ loss
-over its comparisons, divided by their number, whatever the micro-batches and the processes.
+over its comparisons, divided by their number, whatever the micro-batches and the processes. Comparisons, learning rate
+and seed of a step are functions of its number, so a checkpoint is weights, optimizer state and a number.
 
-Left out: checkpoints to continue from, sharded weights, and responses that share their prompt's tokens.
+Left out: sharded weights, and responses that share their prompt's tokens.
 `accelerate launch -m una_train.reward_model train DIR --model M --output DIR` runs it on several processes.
 """
 
@@ -70,30 +71,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="one setting, such as lora=true; repeatable"
     )
     parser.add_argument("--overwrite", action="store_true", help="remove an earlier run's files from the output first")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the output")
 
 
 def command(args: argparse.Namespace) -> dict[str, Any]:
     """Train, and return the summary: reward_model, steps, loss, test, comparisons, seconds."""
-    config = with_dtype(settings.read(RewardConfig, args.config, args.set))
+    dataset, output, model_dir = Path(args.dataset), Path(args.output), local_model(args.model)
+    config = with_dtype(_settings(args, output))
     if config.lora:
         policy.require("peft", "lora")
-    dataset, output, model_dir = Path(args.dataset), Path(args.output), local_model(args.model)
     Manifest.read(dataset)  # or say that it is no dataset
-    rundir.check(output, args.overwrite, False, [dataset, model_dir])
+    rundir.check(output, args.overwrite, args.resume, [dataset, model_dir])
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if config.dtype == "bfloat16" else "no"
     )
     facts = rundir.facts_of(args.model, args.dataset, config, model_dir)
+    checkpoint = rundir.newest_checkpoint(output) if args.resume else None
+    if args.resume:
+        rundir.check_same_run(output, facts)
+        if checkpoint is None:
+            log.warning("%s holds no checkpoint to continue from: starting at the first step", output)
     with rundir.locked(output) if accelerator.is_main_process else nullcontext():
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
         set_seed(config.seed)
-        model = load(model_dir, tokenizer, config)
+        model = load(model_dir, tokenizer, config, checkpoint)
         longest = conversation.longest(config.max_length, model.config, tokenizer)
         pairs, left_out = read(dataset, conversation.of(tokenizer, str(model_dir)), longest, config.held_out)
         facts["comparisons"] = {name: len(some) for name, some in pairs.items()} | {"left_out": left_out}
-        return train(accelerator, config, pairs, model, model_dir, output, facts)
+        return train(accelerator, config, pairs, model, model_dir, output, checkpoint, facts)
+
+
+def _settings(args: argparse.Namespace, output: Path) -> RewardConfig:
+    """The run's settings; a run that is continued without any given keeps its own."""
+    if args.resume and not args.config and not args.set and (output / "config.yaml").is_file():
+        return settings.read(RewardConfig, output / "config.yaml")
+    return settings.read(RewardConfig, args.config, args.set)
 
 
 # --- the data ----------------------------------------------------------------------------------
@@ -163,11 +177,12 @@ def micro_batches(pairs: Sequence[Pair], budget: int) -> list[list[Pair]]:
 # --- the model ---------------------------------------------------------------------------------
 
 
-def load(model_dir: Path, tokenizer: Any, config: RewardConfig) -> Any:
-    """The model with one output and float32 weights; `UserError` when its weights do not make one."""
+def load(model_dir: Path, tokenizer: Any, config: RewardConfig, checkpoint: Path | None = None) -> Any:
+    """The model, or a checkpoint of it, with one output and float32 weights; `UserError` when there is none."""
+    source = model_dir if checkpoint is None or config.lora else checkpoint / "policy"
     try:
         model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
-            model_dir,
+            source,
             num_labels=1,
             dtype=torch.float32,
             use_safetensors=True,
@@ -191,7 +206,7 @@ def load(model_dir: Path, tokenizer: Any, config: RewardConfig) -> Any:
         text.pad_token_id = _padding(tokenizer)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return _with_lora(model, config) if config.lora else model
+    return _with_lora(model, config, checkpoint) if config.lora else model
 
 
 def _padding(tokenizer: Any) -> int:
@@ -202,12 +217,14 @@ def _padding(tokenizer: Any) -> int:
     return next((i for i in some if i is not None and i != last), 0 if last else 1)
 
 
-def _with_lora(model: Any, config: RewardConfig) -> Any:
+def _with_lora(model: Any, config: RewardConfig, checkpoint: Path | None) -> Any:
     import peft
 
     assert config.lora is not None
     if config.activation_checkpointing:
         model.enable_input_require_grads()
+    if checkpoint is not None:
+        return peft.PeftModel.from_pretrained(model, checkpoint / "policy", is_trainable=True)
     of = config.lora
     lora = peft.LoraConfig(  # peft trains the head of such a model as a whole
         task_type="SEQ_CLS",
@@ -250,6 +267,7 @@ def train(
     model: Any,
     model_dir: Path,
     output: Path,
+    checkpoint: Path | None,
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     world, rank, main, device = (
@@ -264,12 +282,19 @@ def train(
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
+    whole = model
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW([g for g in groups if g["params"]]))
+    done = 0
+    if checkpoint is not None:
+        state = rundir.checkpoint_facts(checkpoint)
+        done, started = state["step"], started - state["seconds"]
+        rundir.load_optimizer(whole, optimizer.optimizer, checkpoint)
+        log.info("continuing after step %d, from %s", done, checkpoint)
     per_epoch = math.ceil(len(pairs["train"]) / config.batch_size)
     total = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
     facts |= {"steps": total, "processes": world, "trainable_parameters": sum(p.numel() for p in trained)}
     if main:
-        rundir.prepare(output, config, facts, None)
+        rundir.prepare(output, config, facts, checkpoint)
     accelerator.wait_for_everyone()
 
     def record(step: int, split: str, found: dict[str, Any], **more: float) -> None:
@@ -281,7 +306,7 @@ def train(
             log.info("step %d: test loss %.4f, accuracy %s", step, found["loss"], found["accuracy"])
 
     @torch.no_grad()
-    def test(step: int) -> dict[str, Any] | None:
+    def test(step: int, keep: bool = True) -> dict[str, Any] | None:
         if not pairs["test"]:
             return None
         model.eval()
@@ -290,11 +315,15 @@ def train(
             first, second = rewards(accelerator.unwrap_model(model), micro, pad, device)
             judged += _judged(first, second, micro, loss_of(first, second, micro, config))
         found = _metrics(gather_object(judged))
-        record(step, "test", found)
+        if keep:
+            record(step, "test", found)
         return found
 
-    tested, recent, loss = test(0), [], math.nan
-    for step in tqdm(range(1, total + 1), unit="step", disable=None if main else True):
+    recent: list[tuple[float, float, float]] = []
+    tested, loss = test(0) if done == 0 else None, math.nan
+    for step in tqdm(
+        range(done + 1, total + 1), initial=done, total=total, unit="step", disable=None if main else True
+    ):
         batch = _batch(pairs["train"], step - 1, per_epoch, config)
         mine = micro_batches(batch[rank::world], config.micro_batch_tokens)
         weight = world / len(batch)  # gradients are averaged over processes
@@ -303,6 +332,8 @@ def train(
         rate = learning_rate(step, total, config)
         for group in optimizer.param_groups:
             group["lr"] = rate
+        seed = np.random.SeedSequence([config.seed, step, rank])
+        torch.manual_seed(int(seed.generate_state(1)[0]))  # dropout
         model.train()
         for i, micro in enumerate(mine):
             with nullcontext() if i == len(mine) - 1 else accelerator.no_sync(model):
@@ -317,12 +348,20 @@ def train(
             )
         optimizer.step()
         optimizer.zero_grad()
-        if step == total or step % config.log_every == 0:
+        saving = bool(config.save_every) and step % config.save_every == 0
+        if step == total or saving or step % config.log_every == 0:
             found = _metrics(gather_object(recent))
             record(step, "train", found, lr=rate, grad_norm=norm)
             recent, loss = [], found["loss"]
         if step == total or (config.eval_every and step % config.eval_every == 0):
             tested = test(step)
+        if saving and main:
+            weights = rundir.gathered(whole.state_dict())
+            moments = rundir.gathered(rundir.optimizer_state(whole, optimizer.optimizer))
+            beside = {"seconds": time.perf_counter() - started}
+            rundir.save_checkpoint(output, step, whole, weights, moments, beside, config.keep_checkpoints)
+    if done >= total:  # killed between its last checkpoint and its end: only the results are missing
+        tested, loss = test(total, keep=False), rundir.last_loss(output)
 
     facts |= {"seconds": time.perf_counter() - started, "final": {"test": tested}}
     if main:

@@ -157,7 +157,7 @@ def prepare(
     else:
         found = _checkpoints(output)
         damaged = found[found.index(checkpoint) + 1 :]
-        remove += [output / "policy", output / "predictions.parquet", *damaged]
+        remove += [output / "policy", output / "reward_model", output / "predictions.parquet", *damaged]
         _trim(output / "metrics.jsonl", checkpoint_facts(checkpoint)["step"])
     for path in remove:
         if path.is_dir() and not path.is_symlink():

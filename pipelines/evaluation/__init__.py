@@ -29,7 +29,7 @@ from pipelines.evaluation import suite as suites
 from pipelines.evaluation.answers import Answer, How
 from pipelines.evaluation.models import Contestant
 from pipelines.evaluation.rewards import Rewarded
-from pipelines.label import Voice, voice_of
+from pipelines.label import Voice, voices_of
 from pipelines.labellers.base import Score
 from pipelines.report.evaluation import FILE, evaluation_page
 from pipelines.report.page import shown
@@ -74,7 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command(args: argparse.Namespace) -> dict[str, Any]:
     """`una eval`: returns the summary that `--json` prints, which is `evaluation.json` too."""
     how = _how(args)
-    voices = [voice_of(labellers.asked(spec)) for spec in args.reward]
+    voices = voices_of([labellers.asked(spec) for spec in args.reward])
+    if len({voice.identity.labeller for voice in voices}) < len(voices):
+        raise UsageError(f"--reward: {voices[0].identity.labeller} is there twice; leave one out")
     if not args.against and (alone := next((voice for voice in voices if voice.pairs), None)):
         raise UsageError(f"--reward: {alone.identity.labeller} compares two responses; name others with --against")
     suite = suites.suite_of(args.suite) if args.suite else None

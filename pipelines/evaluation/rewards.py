@@ -3,6 +3,7 @@
 A labeller of `una label`; its scores are raw, before any calibration. Its cache is that of the evaluation.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ import pyarrow as pa
 from pipelines.evaluation.answers import Answer
 from pipelines.evaluation.statistics import Comparisons
 from pipelines.label import Voice, outcomes
-from pipelines.labellers.base import Item, Score
+from pipelines.labellers.base import Item, Outcome, Score
 from pipelines.labellers.cache import Cache
 from schemas.errors import Reject
 
+log = logging.getLogger(__name__)
 REWARDS = pa.schema(
     [
         ("labeller", pa.string()),
@@ -64,11 +66,21 @@ def load(voice: Voice, cache: Path) -> Any:
     return voice.load(voice.settings, Cache(cache))
 
 
+def _outcomes(label: Any, items: Sequence[Item], voice: Voice) -> list[Outcome]:
+    done = iter(range(1, len(items) + 1))
+
+    def tell() -> None:
+        if (n := next(done)) % 100 == 0 or n == len(items):
+            log.info("%s: %d of %d", voice.identity.labeller, n, len(items))
+
+    return outcomes(label, items, voice, tell)
+
+
 def of_answers(label: Any, voice: Voice, answers: Sequence[Answer]) -> list[Rewarded]:
     """The reward of every answer; one that there is not has none, for its reason."""
     there = [answer for answer in answers if answer.response is not None]
     items = [Item(answer.prompt, (answer.response or "",), answer.question.about(answer.turn)) for answer in there]
-    found = dict(zip(map(id, there), outcomes(label, items, voice), strict=True))
+    found = dict(zip(map(id, there), _outcomes(label, items, voice), strict=True))
     return [Rewarded(answer, None, found.get(id(answer)) or _lacking(answer)) for answer in answers]
 
 
@@ -78,7 +90,7 @@ def compared(label: Any, voice: Voice, first: Sequence[Answer], second: Sequence
     pairs = [(a, others[a.place]) for a in first if a.turn == 0 and a.place in others]
     there = [(a, b) for a, b in pairs if a.response is not None and b.response is not None]
     items = [Item(a.prompt, (a.response or "", b.response or ""), a.question.about(0)) for a, b in there]
-    found = dict(zip([id(a) for a, _ in there], outcomes(label, items, voice), strict=True))
+    found = dict(zip([id(a) for a, _ in there], _outcomes(label, items, voice), strict=True))
     return [Rewarded(a, b, found.get(id(a)) or _lacking(a if a.why else b)) for a, b in pairs]
 
 

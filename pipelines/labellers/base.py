@@ -68,19 +68,40 @@ class Kind:
     help: str = ""  # one line
 
 
-def cached(label: Labeller, identity: Identity, cache: Cache) -> Labeller:
-    """The labeller, asked only for items whose score is not in the cache; rejections are not kept there."""
+def whole(item: Item) -> Any:
+    """All that a score may depend on."""
+    return item.content
+
+
+def texts(item: Item) -> Any:
+    """The same, of a labeller that reads no metadata."""
+    return item.content[:2]
+
+
+def cached(
+    label: Callable[[Sequence[Item]], Iterator[Sequence[tuple[int, Outcome]]]],
+    identity: Identity,
+    cache: Cache,
+    reads: Callable[[Item], Any] = whole,
+) -> Labeller:
+    """The labeller, asked only for what is not in the cache, and once for what is there twice.
+
+    `label` gives outcomes in batches, and a batch is kept as a whole: what a killed run left lacking is then cut into
+    the same batches as before. Rejections are not kept.
+    """
 
     def labelled(items: Sequence[Item]) -> Iterator[tuple[int, Outcome]]:
-        keys = [key_of([identity.labeller, dict(identity.fingerprint), item.content]) for item in items]
-        known = cache.get(keys)
-        missing = [i for i, key in enumerate(keys) if key not in known]
-        for i, key in enumerate(keys):
-            if key in known:
-                yield i, Score(**known[key])
-        for j, outcome in label([items[i] for i in missing]) if missing else ():
-            if isinstance(outcome, Score):
-                cache.put(keys[missing[j]], {"value": outcome.value, "facts": dict(outcome.facts)})
-            yield missing[j], outcome
+        places: dict[str, list[int]] = {}
+        for i, item in enumerate(items):
+            key = key_of([identity.labeller, dict(identity.fingerprint), reads(item)])
+            places.setdefault(key, []).append(i)
+        known = cache.get(places)
+        for key, entry in known.items():
+            yield from ((i, Score(**entry)) for i in places[key])
+        missing = [key for key in places if key not in known]
+        for batch in label([items[places[key][0]] for key in missing]) if missing else ():
+            scores = {missing[j]: one for j, one in batch if isinstance(one, Score)}
+            cache.put_all({key: {"value": one.value, "facts": dict(one.facts)} for key, one in scores.items()})
+            yield from ((i, one) for j, one in batch for i in places[missing[j]])
 
     return labelled

@@ -7,7 +7,7 @@ import hashlib
 import json
 import sqlite3
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Cache:
             "CREATE TABLE IF NOT EXISTS spent (run TEXT PRIMARY KEY, calls INTEGER NOT NULL, usd REAL NOT NULL)"
         )
         self._db.execute("CREATE TABLE IF NOT EXISTS unfinished (output TEXT PRIMARY KEY, run TEXT NOT NULL)")
+        self._db.execute("CREATE TABLE IF NOT EXISTS progress (start TEXT PRIMARY KEY, rows REAL NOT NULL)")
 
     def get(self, keys: Iterable[str]) -> dict[str, Any]:
         """The entries of those keys that are there."""
@@ -46,7 +47,14 @@ class Cache:
 
     def put(self, key: str, value: Any) -> None:
         """Keep an entry; one that is there already stays."""
-        self._db.execute("INSERT OR IGNORE INTO entries VALUES (?, ?)", (key, json.dumps(value)))
+        self.put_all({key: value})
+
+    def put_all(self, entries: Mapping[str, Any]) -> None:
+        """Keep entries, all of them or none; those that are there already stay."""
+        rows = [(key, json.dumps(value)) for key, value in entries.items()]
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany("INSERT OR IGNORE INTO entries VALUES (?, ?)", rows)
 
     def spend(self, run: str, calls: int, usd: float) -> tuple[int, float]:
         """Add to what a run has spent, over all its processes; gives calls and USD with this."""
@@ -61,6 +69,14 @@ class Cache:
         """Calls and USD that a run has spent."""
         return self._db.execute("SELECT calls, usd FROM spent WHERE run = ?", (run,)).fetchone() or (0, 0.0)
 
+    def advance(self, start: str, rows: float) -> float:
+        """Add to the rows that the workers of one start of a run have done; gives those of all."""
+        added = self._db.execute(
+            "INSERT INTO progress VALUES (?, ?) ON CONFLICT (start) DO UPDATE SET rows = rows + ? RETURNING rows",
+            (start, rows, rows),
+        )
+        return added.fetchall()[0][0]
+
     def begin(self, output: str) -> str:
         """The name of the run that writes an output: that of one which was cut short, so that what it spent counts."""
         self._db.execute("INSERT OR IGNORE INTO unfinished VALUES (?, ?)", (output, uuid.uuid4().hex))
@@ -69,6 +85,10 @@ class Cache:
     def finish(self, output: str) -> None:
         """The output is there: the next run that writes it has a budget of its own."""
         self._db.execute("DELETE FROM unfinished WHERE output = ?", (output,))
+
+    def forget(self, start: str) -> None:
+        """That start of a run is over: nobody asks for its progress any more."""
+        self._db.execute("DELETE FROM progress WHERE start = ?", (start,))
 
     def close(self) -> None:
         self._db.close()

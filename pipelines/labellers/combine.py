@@ -47,7 +47,8 @@ def by_name(given: Mapping[str, object], labellers: Sequence[tuple[str, str]], o
         names = names or [name for kind, name in labellers if key in (kind, *_short(name))]
         if len(names) != 1:
             known = [name for _, name in labellers]
-            raise UsageError(f"{option}: {len(names) or 'no'} labellers {key!r}{did_you_mean(key, known)}")
+            meant = f"; give one of {', '.join(names)}" if names else did_you_mean(key, known)
+            raise UsageError(f"{option}: {len(names) or 'no'} labellers {key!r}{meant}")
         found[names[0]] = value
     return found
 

@@ -53,6 +53,7 @@ class Reply:
 
 
 Keep = Callable[[int, Reply], None]  # called with a reply and its place, before it is given
+Known = Callable[[int], Any]  # called with a place right before its call: an answer that is there by now, or None
 
 
 class _Failed(Exception):  # noqa: N818 - one attempt's outcome
@@ -138,8 +139,10 @@ class Endpoint:
         self._failures, self._succeeded = 0, False
         self._stopped: UserError | None = None
 
-    def ask(self, bodies: Sequence[Body], keep: Keep) -> Iterator[tuple[int, Reply | Reject]]:
+    def ask(self, bodies: Sequence[Body], keep: Keep, known: Known) -> Iterator[tuple[int, Any]]:
         """(place, reply) of every body in the order of arrival; `keep` is called at once, before the reply is given.
+
+        What `known` gives in place of None is given as it is, without a call.
 
         `UserError` when no further call can succeed. Calls in flight are dropped when the caller stops early.
         """
@@ -149,7 +152,7 @@ class Endpoint:
             return
         answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         loop = asyncio.new_event_loop()
-        task = loop.create_task(self._all(bodies, keep, answers.put))
+        task = loop.create_task(self._all(bodies, keep, known, answers.put))
         thread = threading.Thread(target=_drive, args=(loop, task), daemon=True)
         thread.start()
         try:
@@ -162,12 +165,13 @@ class Endpoint:
                 loop.call_soon_threadsafe(task.cancel)
             thread.join()
 
-    async def _all(self, bodies: Sequence[Body], keep: Keep, put: Callable[[Any], None]) -> None:
+    async def _all(self, bodies: Sequence[Body], keep: Keep, known: Known, put: Callable[[Any], None]) -> None:
         todo, done, start = iter(enumerate(bodies)), [0], time.monotonic()
 
         async def work() -> None:
             for i, body in todo:
-                answer = await self._call(session, body)
+                if (answer := known(i)) is None:
+                    answer = await self._call(session, body)
                 if isinstance(answer, Reply):
                     keep(i, answer)
                 put((i, answer))
@@ -275,10 +279,9 @@ class Endpoint:
     def _say(self, done: int, total: int, seconds: float) -> None:
         """One line: of the answers wanted now, how many are there; then what this worker has used since it began."""
         meter = self.meter
-        left = f"{(total - done) * seconds / done:.0f} s" if done else "unknown"
         log.info(
-            "%d of %d answers (%.1f/s, %s left); in all %d calls, %d failed, %d + %d tokens, %.4f USD",
-            *(done, total, done / seconds, left, meter.asked, meter.failed, *meter.tokens, meter.spent),
+            "%d of %d answers (%.1f/s); in all %d calls, %d failed, %d + %d tokens, %.4f USD",
+            *(done, total, done / seconds, meter.asked, meter.failed, *meter.tokens, meter.spent),
         )
 
 

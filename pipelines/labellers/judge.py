@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from pipelines import engines
 from pipelines.labellers.base import Identity, Item, Kind, Labeller, Outcome, Score
 from pipelines.labellers.cache import Cache, key_of
-from pipelines.labellers.endpoint import Body, Endpoint, Keep, Meter, Reply, checked, probe
+from pipelines.labellers.endpoint import Body, Endpoint, Keep, Known, Meter, Reply, checked, probe
 from pipelines.labellers.judge_answer import SHOWN, Form, form_of, shares, top
 from pipelines.labellers.judge_prompt import Breaker, Template, variables
 from pipelines.labellers.judge_settings import MANNER, Settings, check, read_key
@@ -138,9 +138,12 @@ def _options(settings: Settings) -> dict[str, Any]:
 
 
 class Asks(Protocol):
-    """What answers calls: an endpoint, or an engine of this process."""
+    """What answers calls: an endpoint, or an engine of this process.
 
-    def ask(self, bodies: Sequence[Body], keep: Keep) -> Iterator[tuple[int, Reply | Reject]]: ...
+    `known(i)` is asked right before the i-th call: what it gives in place of None is its answer.
+    """
+
+    def ask(self, bodies: Sequence[Body], keep: Keep, known: Known) -> Iterator[tuple[int, Any]]: ...
 
 
 class Local:
@@ -151,8 +154,8 @@ class Local:
     def __init__(self, engine: Any):
         self._engine = engine
 
-    def ask(self, bodies: Sequence[Body], keep: Keep) -> Iterator[tuple[int, Reply | Reject]]:
-        for start in range(0, len(bodies), self._AT_A_TIME):
+    def ask(self, bodies: Sequence[Body], keep: Keep, known: Known) -> Iterator[tuple[int, Any]]:
+        for start in range(0, len(bodies), self._AT_A_TIME):  # one process asks for all workers: `known` adds nothing
             answers = self._answers(bodies[start : start + self._AT_A_TIME])
             for i, answer in enumerate(answers, start):
                 if isinstance(answer, Reply):
@@ -314,8 +317,11 @@ def _answered(
     def keep(i: int, reply: Reply) -> None:
         cache.put(missing[i], answers_of(reply))
 
-    for i, answer in asks.ask([bodies[key] for key in missing], keep):
-        yield missing[i], answer if isinstance(answer, Reject) else answers_of(answer)
+    def since(i: int) -> Any:  # another worker or run may have asked it by now
+        return cache.get([missing[i]]).get(missing[i])
+
+    for i, answer in asks.ask([bodies[key] for key in missing], keep, since):
+        yield missing[i], answers_of(answer) if isinstance(answer, Reply) else answer
 
 
 KINDS = {

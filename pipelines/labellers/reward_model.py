@@ -20,7 +20,7 @@ import numpy as np
 
 from pipelines import render
 from pipelines.engines.transformers import batches
-from pipelines.labellers.base import Identity, Item, Kind, Labeller, Outcome, Score, cached
+from pipelines.labellers.base import Identity, Item, Kind, Labeller, Outcome, Score, cached, texts
 from pipelines.labellers.cache import Cache
 from schemas import conversation
 from schemas.command import did_you_mean
@@ -79,7 +79,7 @@ def load(settings: Settings, cache: Cache) -> Labeller:
     """The labeller with its network in memory; one caller at a time."""
     ready = _prepare(settings)
     network = ENGINES[settings.engine](ready, settings)
-    return cached(partial(_label, ready, network, threading.Lock()), ready.identity, cache)
+    return cached(partial(_label, ready, network, threading.Lock()), ready.identity, cache, texts)
 
 
 def _prepare(settings: Settings) -> Prepared:
@@ -236,7 +236,7 @@ def _version(engine: str) -> str:
 
 def _label(
     ready: Prepared, network: Network, lock: threading.Lock, items: Sequence[Item]
-) -> Iterator[tuple[int, Outcome]]:
+) -> Iterator[list[tuple[int, Outcome]]]:
     """Render all, then score batch by batch; what is rejected comes first."""
     places, sequences = list[int](), list[list[list[int]]]()
     for i, item in enumerate(items):
@@ -244,13 +244,13 @@ def _label(
             sequences.append(_sequences(ready, item))
             places.append(i)
         except Reject as rejected:
-            yield i, rejected
+            yield [(i, rejected)]
     k = max(map(len, sequences), default=1)
     for batch in network.cut([max(map(len, one)) for one in sequences], k):
         with lock:
             outputs = network.outputs([row for j in batch for row in sequences[j]])
-        for j, of_item in zip(batch, outputs.reshape(len(batch), k, -1), strict=True):
-            yield places[j], _outcome(ready, of_item)
+        each = zip(batch, outputs.reshape(len(batch), k, -1), strict=True)
+        yield [(places[j], _outcome(ready, of_item)) for j, of_item in each]
 
 
 def _sequences(ready: Prepared, item: Item) -> list[list[int]]:

@@ -594,12 +594,12 @@ def _attribute_ends(given: Attributes) -> tuple[float, float] | None:
 # --- kinds ---------------------------------------------------------------------------------------
 
 
-def _each(score: Scorer) -> Labeller:
-    def label(items: Sequence[Item]) -> Iterator[tuple[int, Outcome]]:
-        for i, item in enumerate(items):
-            yield i, _outcome(score, item)
+def _each(score: Scorer, items: Sequence[Item]) -> Iterator[list[tuple[int, Outcome]]]:
+    return ([(i, _outcome(score, item))] for i, item in enumerate(items))
 
-    return label
+
+def _plainly(score: Scorer, items: Sequence[Item]) -> Iterator[tuple[int, Outcome]]:
+    return ((i, _outcome(score, item)) for i, item in enumerate(items))
 
 
 def _outcome(score: Scorer, item: Item) -> Outcome:
@@ -670,8 +670,8 @@ def _kind(
         return identity(given)
 
     def load(given: Any, cache: Cache) -> Labeller:
-        labeller = _each(make(given))
-        return cached(labeller, identity(given), cache) if keep else labeller
+        score = make(given)
+        return cached(partial(_each, score), identity(given), cache) if keep else partial(_plainly, score)
 
     return Kind(settings, identify, load, help=help)
 

@@ -1,10 +1,12 @@
 """Labellers through the whole command: a reward model on real files, rules on mathematics whose answers are known."""
 
+import json
 import random
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import write_jsonl
+from conftest import REPO, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,24 @@ def test_demonstrations_scored_by_a_reward_model_on_one_and_on_two_workers(una, 
     again = rows_of(tmp_path / "two")
     assert [(row["prompt"], row["response"]) for row in again] == [(row["prompt"], row["response"]) for row in rows]
     assert [row["raw_reward"] for row in again] == pytest.approx([row["raw_reward"] for row in rows], abs=1e-4)
+
+
+@pytest.mark.real_data
+def test_relabelling_what_people_compared_reports_the_agreement(una, real_data, reward_model, tmp_path):
+    for file in (real_data / "tulu_human_eval").iterdir():  # a mapping names the files beside it
+        shutil.copy(file, tmp_path)
+    mapping = shutil.copy(REPO / "examples/mappings/tulu_preference.yaml", tmp_path)
+    sheet = tmp_path / "eval_annotations_tulu_1.xlsx"
+    asked = ("--mapping", mapping, "--max-rejected", 1, "--output", tmp_path / "rows")
+    assert una("ingest", sheet, *asked).returncode == 0
+    asked = ("--labeller", f"reward-model:model={reward_model},max_length=500", "--max-rejected", 1)
+    told = label(una, tmp_path / "rows", tmp_path / "out", *asked)
+    rows = rows_of(tmp_path / "out")
+    assert len(rows) >= 300
+    assert all(one["labeller"].startswith("human:") for row in rows for one in json.loads(row["metadata"])["labels"])
+    ((of_source,),) = (of.values() for of in told["statistics"]["labels"]["labellers"].values())
+    assert of_source["agreement"]["comparisons"] >= 150
+    assert 0 <= of_source["agreement"]["accuracy"] <= 1
 
 
 @pytest.mark.real_data
