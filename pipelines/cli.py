@@ -49,6 +49,15 @@ COMMANDS: dict[str, tuple[str, str, str, str, str, str]] = {
         "una label data/rows --labeller judge.yaml --labeller rm.yaml --combine mean --budget 5usd "
         "--output data/labelled",
     ),
+    "rollout": (
+        "pipelines.rollout",
+        "add_arguments",
+        "command",
+        ALL,
+        "sample responses to prompts, as rows that wait for rewards",
+        "una rollout prompts.jsonl --model models/base --output data/sampled\n"
+        "una rollout data/published --model models/base --samples 8 --engine vllm --output data/sampled",
+    ),
     "reference": (
         "pipelines.reference",
         "add_arguments",

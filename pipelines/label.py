@@ -552,8 +552,10 @@ def _voice(asked: labellers.Asked) -> Voice:
 
 
 def voices_of(asked: Sequence[labellers.Asked]) -> tuple[Voice, ...]:
-    """The labellers with their identities; those of one name, such as two lengths, with the hash of all that their scores
-    depend on. What can be checked cheaply is checked."""
+    """The labellers with their identities; what can be checked cheaply is checked.
+
+    Those of one name, such as two lengths, get the hash of all that their scores depend on.
+    """
 
     def named(voice: Voice) -> Voice:
         name = voice.identity.labeller

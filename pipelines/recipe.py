@@ -1,4 +1,6 @@
-"""`una run RECIPE.yaml`: ingest, filter and label (where it has such sections), reference, publish, train, report.
+"""`una run RECIPE.yaml`: ingest, filter and label, reference, publish, train, online, report.
+
+Filter, label and online are there where the recipe has such sections. Online goes on from the policy that was trained.
 
 A recipe names an output directory, a model, input files, and options per stage under the names the
 commands use. A stage whose inputs and parameters are those of its last finished run is skipped; what
@@ -23,9 +25,11 @@ from schemas.fingerprint import fingerprint, local_model
 from schemas.manifest import NAME, sha256
 
 log = logging.getLogger(__name__)
-STAGES = ("ingest", "filter", "label", "reference", "publish", "train", "report")
+STAGES = ("ingest", "filter", "label", "reference", "publish", "train", "online", "report")
 KEYS = ("output", "model", "input", *STAGES)
-OPTIONAL = ("filter", "label")  # left out where the recipe has no such section
+OPTIONAL = ("filter", "label", "online")  # left out where the recipe has no such section
+RUNS = ("train", "online")  # stages that leave a run directory, and go on from its checkpoint
+ONLINE = ("prompts", "reward", "held_out_reward", "offline")  # of its section; the others are settings
 OURS = ("output", "model", "overwrite", "resume", "json", "help")  # what a stage's section cannot set
 STATE = "stages.json"
 
@@ -71,13 +75,13 @@ def read(path: str, changes: list[str]) -> dict[str, Any]:
 def stages(recipe: dict[str, Any]) -> list[Stage]:
     """The stages a recipe asks for, in order; a section set to false leaves its stage out."""
     wanted = [name for name in STAGES if recipe.get(name) is not False and (name not in OPTIONAL or recipe.get(name))]
-    if {"reference", "train"} & set(wanted) and not recipe.get("model"):
+    if {"reference", *RUNS} & set(wanted) and not recipe.get("model"):
         raise UsageError("the recipe has no 'model'; give one, or set reference: false and train: false")
     output, model = str(recipe["output"]).rstrip("/"), str(recipe.get("model"))
-    if io.is_remote(output) and "train" in wanted:
+    if io.is_remote(output) and set(RUNS) & set(wanted):
         raise UsageError(f"output {output}: training writes to a local directory; name one, or set train: false")
     paths = [recipe["input"]] if isinstance(recipe["input"], str) else list(recipe["input"])
-    of = {name: options(recipe.get(name), name) for name in wanted if name != "train"}
+    of = {name: options(recipe.get(name), name) for name in wanted if name not in RUNS}
     out = {name: f"{output}/{name}" for name in STAGES}
     clean = out["filter"] if "filter" in wanted else out["ingest"]
     rows = out["label"] if "label" in wanted else clean
@@ -89,6 +93,18 @@ def stages(recipe: dict[str, Any]) -> list[Stage]:
 
     def with_model(directory: str) -> Callable[[], Any]:
         return lambda: [same(directory)(), _model(model)]
+
+    policy = f"{out['train']}/policy" if "train" in wanted else model
+    runs = [out[name] for name in RUNS if name in wanted]
+
+    def online() -> Stage:
+        section, given = _online(recipe, paths, last if "publish" in wanted else None)
+        return Stage(
+            "online",
+            [section.pop("prompts"), "--model", policy, "--output", out["online"], *given, *_settings(section)],
+            f"{out['online']}/run.json",
+            lambda: [_model(policy), _online_inputs(recipe, paths)],
+        )
 
     def named(stage: str) -> list[str]:
         """Files that a stage's options name."""
@@ -134,11 +150,12 @@ def stages(recipe: dict[str, Any]) -> list[Stage]:
             f"{out['train']}/run.json",
             with_model(last),
         ),
+        "online": online,
         "report": lambda: Stage(
             "report",
-            [out["train"] if "train" in wanted else last, "--output", f"{output}/report.html", *of["report"]],
+            [runs[-1] if runs else last, "--output", f"{output}/report.html", *of["report"]],
             f"{output}/report.html",
-            lambda: sha256(f"{out['train']}/run.json") if "train" in wanted else same(last)(),
+            lambda: sha256(f"{runs[-1]}/run.json") if runs else same(last)(),
         ),
     }
     return [table[name]() for name in wanted]
@@ -196,6 +213,31 @@ def _settings(section: Any) -> list[str]:
     return [x for key, value in (section or {}).items() for x in ("--set", f"{key}={json.dumps(value)}")]
 
 
+def _online(recipe: dict[str, Any], paths: list[str], published: str | None) -> tuple[dict[str, Any], list[str]]:
+    """The section's prompts and settings, and the options that are none; `offline: true` is the published dataset."""
+    section = dict(recipe["online"]) if isinstance(recipe["online"], dict) else {}
+    if not section.get("reward"):
+        raise UsageError("online: the section has no 'reward'; give a labeller, as `una online --reward` takes it")
+    if not section.get("prompts") and len(paths) != 1:
+        raise UsageError("online: the section has no 'prompts', and input names several files; give one of prompts")
+    if section.get("offline") is True and published is None:
+        raise UsageError("online: offline: true is the dataset that publish writes, and publish is false")
+    section["prompts"] = str(section.get("prompts") or paths[0])
+    if section.get("offline") is True:
+        section["offline"] = published
+    given = [(name, section.pop(name, None)) for name in ONLINE if name != "prompts"]
+    return section, [word for name, value in given if value for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def _online_inputs(recipe: dict[str, Any], paths: list[str]) -> list[Any]:
+    """What an online run depends on beside the model and its settings."""
+    section = recipe["online"]
+    specs = [section[name] for name in ("reward", "held_out_reward") if section.get(name)]
+    prompts = str(section.get("prompts") or paths[0])
+    files = [f"{prompts}/{NAME}"] if io.exists(f"{prompts}/{NAME}") else io.expand([prompts])
+    return [_hashes(files), _labellers([word for spec in specs for word in ("--labeller", str(spec))])]
+
+
 def _model(name: str) -> dict[str, Any]:
     return fingerprint(local_model(name), dtype="", engine="", engine_version="")
 
@@ -238,7 +280,7 @@ def _run(stage: Stage, args: argparse.Namespace, state: dict[str, Any], output: 
         log.info("%s: unchanged, skipped", stage.name)
         return {**before["summary"], "skipped": True}
     log.info("%s: una %s %s", stage.name, stage.name, " ".join(stage.argv))
-    args.resume = before.get("key") == key and _cut_short(stage)  # training goes on from its checkpoint
+    args.resume = before.get("key") == key and _cut_short(stage)  # a run goes on from its checkpoint
     args.overwrite = stage.name in state and not args.resume  # what lies there is this recipe's own, from before
     state[stage.name] = {"key": key}
     _write_state(output, state)
@@ -251,8 +293,8 @@ def _run(stage: Stage, args: argparse.Namespace, state: dict[str, Any], output: 
 
 
 def _cut_short(stage: Stage) -> bool:
-    """Whether a training run was started here and not finished."""
-    if stage.name != "train" or not io.exists(stage.done):
+    """Whether a run was started here and not finished."""
+    if stage.name not in RUNS or not io.exists(stage.done):
         return False
     return json.loads(Path(stage.done).read_text("utf-8")).get("final") is None
 

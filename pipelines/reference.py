@@ -108,11 +108,11 @@ class Render(beam.DoFn):
     def process(self, address: Address) -> Iterable[Chunk]:
         rows = read(address, FEEDBACK)
         chunk = Chunk(address, rows, [], [], [None] * rows.num_rows)
-        columns = zip(rows["prompt"].to_pylist(), rows["response"].to_pylist(), strict=True)
-        for i, (prompt, response) in enumerate(columns):
+        columns = (rows[name].to_pylist() for name in ("prompt", "response", "metadata"))
+        for i, row in enumerate(zip(*columns, strict=True)):
             ids: tuple[list[int], list[int]] = ([], [])
             try:
-                ids = self._ids(prompt, response)
+                ids = self._ids(*row)
             except Reject as reject:
                 chunk.why[i] = reject
             chunk.prompts.append(ids[0])
@@ -120,8 +120,8 @@ class Render(beam.DoFn):
         reject_partners(chunk)
         yield chunk
 
-    def _ids(self, prompt: list, response: str) -> tuple[list[int], list[int]]:
-        prompt_ids, response_ids = self.renderer.ids(prompt, response)
+    def _ids(self, prompt: list, response: str, metadata: str | None) -> tuple[list[int], list[int]]:
+        prompt_ids, response_ids = self.renderer.row_ids(prompt, response, metadata)
         if (n := len(prompt_ids) + len(response_ids)) > self.max_length:
             raise Reject("too_long", f"{n} tokens, and --max-length is {self.max_length}")
         return prompt_ids, response_ids

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from schemas import conversation
 from schemas.errors import Reject, UserError
 from schemas.feedback import Message
@@ -47,6 +49,17 @@ class Renderer(conversation.Conversation):
         """Token ids of a prompt, up to where the assistant begins; `Reject` when they cannot be made."""
         self.refuse_special(prompt)
         return self.with_bos(self.tokens(self.text([conversation.for_template(m) for m in prompt], generation=True)))
+
+    def row_ids(self, prompt: list[Message], response: str, metadata: str | None) -> tuple[list[int], list[int]]:
+        """Token ids of a row: of a response that was sampled those that were, if this tokenizer reads them so.
+
+        To tokenise its text anew could give others, which the model did not write.
+        """
+        about = orjson.loads(metadata).get("sampled") if metadata and '"sampled"' in metadata else None
+        ids = about.get("ids") if isinstance(about, dict) else None
+        if isinstance(ids, list) and ids and all(type(i) is int for i in ids) and self.words(ids) == response:
+            return self.prompt_ids(prompt), ids
+        return self.ids(prompt, response)
 
     def words(self, ids: list[int]) -> str:
         """The text of a sampled response: what stands before its end of turn, special tokens left out."""

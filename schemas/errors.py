@@ -54,9 +54,10 @@ REASONS = {
     "labeller_failed": "a labeller gave no score: its call failed after all retries, or its function raised",
     "unparsable_judgement": "the judge's answer holds no score in the form that was asked for",
     "invalid_score": "a labeller gave a score that is not finite, or lies outside its scale",
+    "unfinished": "the sampled response has no end of turn, and the policy is to drop such",
     "budget_spent": "the budget for labelling was spent before this row's turn",
 }
 # Dropped because a named policy says so; they do not count against --max-rejected.
 _NAMES = """tie missing_label identical_responses conflict filtered filtered_language filtered_length duplicate
-near_duplicate contaminated no_projection no_other_response equal_rewards between"""
+near_duplicate contaminated no_projection no_other_response equal_rewards between unfinished"""
 POLICY_REASONS = frozenset(_NAMES.split())

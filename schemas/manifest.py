@@ -21,7 +21,7 @@ NAME = "manifest.json"
 class Manifest:
     """Facts about one dataset directory; see the field comments for units and shapes."""
 
-    stage: str  # ingest, filter, label, view, reference or publish
+    stage: str  # ingest, rollout, filter, label, view, reference or publish
     inputs: int  # records (ingest) or rows (later stages) read
     accepted: int  # of those, how many became rows
     rejected: dict[str, int] = field(default_factory=dict)  # reason → count; inputs == accepted + their sum

@@ -120,9 +120,15 @@ def test_pipelines_do_not_import_the_trainer(path):
     assert not imports_any(path, {"una_train"})
 
 
+ONLINE = ("online", "reference", "rewards", "rounds")  # of una_train: they sample and label
+
+
 @pytest.mark.parametrize("path", modules("una_train"), ids=str)
 def test_the_trainer_needs_neither_beam_nor_vllm_nor_the_pipelines(path):
-    assert not imports_any(path, {"pipelines", "apache_beam", "vllm"})
+    assert not imports_any(path, {"apache_beam", "vllm"})
+    if path.stem not in ONLINE:
+        assert not imports_any(path, {"pipelines"})
+        assert not {f"una_train.{name}" for name in ONLINE} & {*imported(path)}
 
 
 @pytest.mark.parametrize("path", modules("pipelines/converters"), ids=str)

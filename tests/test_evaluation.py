@@ -23,7 +23,7 @@ from pipelines.evaluation.answers import How
 from pipelines.report import evaluation
 from schemas.errors import Reject, UsageError, UserError
 
-TRUTH = str(REPO / "examples" / "true_reward.yaml")
+TRUTH = str(REPO / "examples" / "labellers" / "true_reward.yaml")
 HELD_OUT = world.prompts(0)[1][:6]
 
 

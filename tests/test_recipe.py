@@ -10,7 +10,7 @@ from conftest import REPO, write_jsonl
 from pipelines import cli, recipe
 from schemas.errors import UsageError
 
-RUN = tuple(stage for stage in recipe.STAGES if stage != "label")  # of a recipe without such a section
+RUN = tuple(stage for stage in recipe.STAGES if stage not in ("label", "online"))  # of a recipe without such sections
 
 
 @pytest.fixture
@@ -145,3 +145,65 @@ def test_training_that_was_cut_short_goes_on_from_its_checkpoint(una_here, small
     assert skipped(out)["publish"]
     assert not skipped(out)["train"]
     assert (tmp_path / "out/train/policy/model.safetensors").read_bytes() == whole
+
+
+# --- online --------------------------------------------------------------------------------------
+
+
+REWARD = """
+from pathlib import Path
+CALLS = []
+def score(prompt, response, metadata):
+    CALLS.append(1)
+    if len(CALLS) > 20 and (Path(__file__).parent / "broken").exists():
+        raise RuntimeError("the service is down")
+    return len(response) % 7 / 7
+"""
+
+
+def test_an_online_stage_goes_on_where_it_stopped_from_the_policy_that_was_trained(una_here, small, tmp_path):
+    (tmp_path / "rule.py").write_text(REWARD)
+    (tmp_path / "broken").touch()
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"question {i}"} for i in range(9)])
+    (tmp_path / "reward.yaml").write_text(f"kind: python\nfunction: {tmp_path / 'rule.py'}:score\nends: [0, 1]\n")
+    content = yaml.safe_load(small.read_text())
+    content["online"] = {
+        "prompts": str(tmp_path / "prompts.jsonl"), "reward": str(tmp_path / "reward.yaml"), "offline": True,
+        "offline_ratio": 0.25, "rounds": 3, "prompts_per_round": 4, "samples_per_prompt": 3, "max_new_tokens": 5,
+        "missing_eos": "keep", "tracker": "none", "save_every": 1,
+    }  # fmt: skip
+    small.write_text(yaml.safe_dump(content))
+    code, _, err = una_here("run", small, "--json")
+    assert code == 1
+    assert "the service is down" in err
+    first = tmp_path / "out/online/rounds/round-000001.parquet"
+    when = first.stat().st_mtime_ns
+
+    (tmp_path / "broken").unlink()
+    code, out, err = una_here("run", small, "--json")
+    assert code == 0, err
+    assert skipped(out) == {**dict.fromkeys(RUN, True), "online": False, "report": False}
+    assert first.stat().st_mtime_ns == when
+    facts = json.loads((tmp_path / "out/online/run.json").read_text())
+    assert facts["model"] == str(tmp_path / "out/train/policy")
+    last = json.loads((tmp_path / "out/online/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 3
+    assert last["online"]["offline"] >= 4
+    assert "held-out" not in (tmp_path / "out/report.html").read_text()
+    assert "The round" in (tmp_path / "out/report.html").read_text()
+
+    code, out, err = una_here("run", small, "--json")
+    assert set(skipped(out).values()) == {True}, err
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [({}, "no 'reward'"), ({"reward": "length:least=1", "rewards": 1}, "unknown setting 'rewards'; did you mean")],
+)
+def test_an_online_section_that_cannot_be(una_here, small, section, says):
+    content = yaml.safe_load(small.read_text())
+    content["online"] = section or {"rounds": 1}
+    small.write_text(yaml.safe_dump(content))
+    code, _, err = una_here("run", small)
+    assert code == 2
+    assert says in err

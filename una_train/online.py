@@ -1,8 +1,8 @@
 """Online UNA: `command` prepares a run, `train` is its rounds, read from top to bottom.
 
 A round samples responses from the policy, has them rewarded by a labeller of `una label`, scores them under the
-reference, and takes UNA's steps on them, on responses of earlier rounds and on an offline dataset. Log-ratios are always
-against the reference, never against the policy that sampled; that one's log-probs tell how far the policy has moved on.
+reference, and takes UNA's steps on them, on responses of earlier rounds and on an offline dataset. Log-ratios are
+always against the reference, never against the policy that sampled; that one's log-probs tell how far it has moved.
 All of a round is a function of the seed, its number and the weights: a checkpoint is those of training with the number
 of rounds done, and rounds after it are done again from their files without sampling a token.
 
@@ -15,9 +15,10 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
+from pipelines import engines, render
 from pipelines import prompts as asked
-from pipelines import render
-from pipelines.engines.sampling import TransformersSampler
+from pipelines.engines import Sampled
+from pipelines.engines.sampling import EngineDied, TransformersSampler
 from pipelines.labellers.base import Item
 from pipelines.prompts import Prompt
 from schemas.errors import Reject, UsageError, UserError
@@ -50,6 +52,7 @@ from una_train.train import Learner, accelerator_of, learning_rate, planned_step
 
 log = logging.getLogger("una_train")
 
+RESTARTS = 3  # of an engine in a row
 OFFLINE, REPLAY = 1, 2  # what random numbers of a round are for
 
 
@@ -197,7 +200,9 @@ def train(
             # reference
             if from_reference:
                 with reference.in_place():
+                    sampler.moved()
                     this.ref_rewards = sampler.reference_rewards(this, reward)
+                sampler.moved()
             every = dataclasses.replace(this, rewards=np.zeros(len(this.places)))  # those that got no reward as well
             this.ref_logps = reference.score(accelerator, model, world.split(every, config), layout)
             clock.lap("reference")
@@ -224,6 +229,7 @@ def train(
                 shape = learning_rate(first + step.number, planned * config.rounds, config) / config.learning_rate
                 of_step, norm = learner.step(step, first + step.number, shape, objectives, rows.split)
                 judged += of_step
+            sampler.moved()
             steps, offsets = steps + count, {**offsets, **objectives.state()}
         clock.lap("training")
         if config.replay_ratio:
@@ -270,11 +276,11 @@ def train(
                 },
                 config.keep_checkpoints,
             )
-        _check_rewarded(this, number, config)
     bar.close()
+    sampler.close()
 
     final = _result(history, config)
-    facts |= {"steps": steps, "skipped_steps": learner.skipped, "calibration": reward.fitted}
+    facts |= {"optimizer_steps": steps, "skipped_steps": learner.skipped, "calibration": reward.fitted}
     facts |= {"seconds": time.perf_counter() - started, "final": {"test": None, "online": final}}
     weights = rundir.gathered(scorer.policy.state_dict())
     policy.save(output / "policy", scorer.policy, weights, facts["model"], model_dir, config)
@@ -322,7 +328,7 @@ class World:
 def _rendered(
     found: list[Prompt], refused: Counter[str], renderer: render.Renderer, model_dir: Path, config: OnlineConfig
 ) -> World:
-    """Prompts that fit into the model's context with a response, as token ids: as many as the rounds take, at random."""
+    """Prompts that leave room for a response in the model's context, as token ids: as many as the rounds take."""
     text = transformers.AutoConfig.from_pretrained(model_dir).get_text_config()
     context = getattr(text, "max_position_embeddings", None) or 2**31
     most = context - config.max_new_tokens
@@ -382,20 +388,20 @@ class Sampling:
     ):
         self.accelerator, self.scorer, self.layout, self.world = accelerator, scorer, layout, world
         self.config, self.model_dir, self.output = config, model_dir, output
+        self._engine: Any = None
+        self._current = False  # whether the engine has the policy's weights of now
         self._here = TransformersSampler(scorer.policy, world.renderer.end_of_turn, config.rollout_tokens)
 
     def round(self, number: int, places: list[int]) -> Round:
         """A round's responses; parts that a killed run left are taken as they are."""
         size, parts = self.config.rollout_prompts, []
-        several = len(places) > size
         for i in range(0, len(places), size):
             path = self._part(number, i)
-            if several and path.exists():
+            if path.exists():
                 parts.append(rounds.read(path))
                 continue
-            parts.append(self._sampled(number, places[i : i + size]))
-            if several:
-                rounds.write(path, parts[-1], self.world.texts)
+            parts.append(self._sampled(number, i, places[i : i + size]))
+            rounds.write(path, parts[-1], self.world.texts)
         return rounds.merged(parts)
 
     def forget(self, number: int) -> None:
@@ -406,8 +412,8 @@ class Sampling:
     def _part(self, number: int, first: int) -> Path:
         return self.output / "rounds" / f"part-{number:06d}-{first:08d}.parquet"
 
-    def _sampled(self, number: int, places: list[int]) -> Round:
-        seeds = [_seed(self.config, number, place) for place in places]
+    def _sampled(self, number: int, first: int, places: list[int]) -> Round:
+        seeds = [_seed(self.config, number, first + i) for i in range(len(places))]
         found = self._sample(places, self.config.samples_per_prompt, seeds)
         every = [one for of in found for one in of]
         return Round(
@@ -417,25 +423,70 @@ class Sampling:
             [self.world.renderer.words(one.ids) for one in every],
         )
 
-    def _sample(self, places: list[int], n: int, seeds: list[int]) -> list[list[Any]]:
+    def _sample(self, places: list[int], n: int, seeds: list[int]) -> list[list[Sampled]]:
+        prompts = [self.world.ids[place] for place in places]
+        how = {"temperature": self.config.temperature, "top_p": self.config.top_p}
+        room = self.config.max_new_tokens
+        if self.config.engine != "transformers":
+            return self._elsewhere(lambda of: of.sample(prompts, n=n, max_new_tokens=room, seeds=seeds, **how))
         self.scorer.use(False, self.scorer.chunked)  # attention with a cache
         try:
             with self.accelerator.autocast():
-                return self._here.sample(
-                    [self.world.ids[place] for place in places],
-                    n=n,
-                    temperature=self.config.temperature,
-                    top_p=self.config.top_p,
-                    max_new_tokens=self.config.max_new_tokens,
-                    seeds=seeds,
-                )
+                return self._here.sample(prompts, n=n, max_new_tokens=room, seeds=seeds, **how)
         finally:
             self.scorer.use(self.layout != "padded", self.scorer.chunked)
+
+    def _elsewhere(self, call: Callable[[Any], list[list[Sampled]]]) -> list[list[Sampled]]:
+        """Call an engine that has the policy's weights of now; one that died is started again, a few times."""
+        for attempt in range(RESTARTS + 1):
+            try:
+                self._engine = self._engine or self._started()
+                if not self._current:
+                    self._engine.update(self._saved())
+                    self._current = True
+                return call(self._engine)
+            except EngineDied as error:
+                if attempt == RESTARTS:
+                    raise UserError(f"{error}; it died {attempt + 1} times in a row: continue with --resume") from None
+                log.warning("%s; starting it again, nothing that was finished is lost", error)
+                self.close()
+        raise AssertionError
+
+    def _started(self) -> Any:
+        self._current = False
+        return engines.load_sampler(
+            self.config.engine,
+            str(self.model_dir),
+            dtype=self.config.dtype,
+            batch_tokens=self.config.rollout_tokens,
+            max_length=max(map(len, self.world.ids)) + self.config.max_new_tokens,
+            end_of_turn=self.world.renderer.end_of_turn,
+            adapter=str(self._saved()) if self.config.lora else None,
+        )
+
+    def _saved(self) -> Path:
+        """The policy's weights, or its adapter, as files that an engine reads."""
+        where = self.output / ".engine-weights"
+        weights = self.scorer.policy.state_dict()
+        if not self.config.lora:
+            weights = {name: value.to(policy.DTYPES[self.config.dtype]) for name, value in weights.items()}
+        self.scorer.policy.save_pretrained(where, state_dict=weights)
+        return where
+
+    def moved(self) -> None:
+        """The policy has changed: an engine elsewhere needs its weights before it samples again."""
+        self._current = False
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = None
+        shutil.rmtree(self.output / ".engine-weights", ignore_errors=True)
 
     def reference_rewards(self, of: Round, reward: Rewards) -> list[np.ndarray]:
         """Rewards of responses that the reference, which is in the policy's place, gives to each response's prompt."""
         places = sorted(set(of.places))
-        seeds = [_seed(self.config, of.number, place) + 1 for place in places]
+        seeds = [_seed(self.config, of.number, i) + 1 for i in range(len(places))]
         found = dict(zip(places, self._sample(places, self.config.reference_samples, seeds), strict=True))
         rewards = {}
         for place, sampled in found.items():
@@ -447,9 +498,9 @@ class Sampling:
         return [rewards[place] for place in of.places]
 
 
-def _seed(config: OnlineConfig, number: int, place: int) -> int:
-    """What a prompt's samples of a round depend on."""
-    return int(np.random.SeedSequence([config.seed, number, place]).generate_state(1)[0]) * 2
+def _seed(config: OnlineConfig, number: int, i: int) -> int:
+    """What the samples to the i-th prompt of a round depend on."""
+    return int(np.random.SeedSequence([config.seed, number, i]).generate_state(1)[0]) * 2
 
 
 # --- rewards -----------------------------------------------------------------------------------
@@ -471,21 +522,20 @@ def rewarded(of: Round, world: World, reward: Rewards, held_out: Rewards | None,
             of.why[i] = f"{score.reason}: {score.detail}"
         else:
             of.raw[i] = score
-    if not np.isfinite(of.raw).any() and open_:
-        raise UserError(f"the reward gave no score to any response of round {of.number}: {of.why[open_[0]]}")
-    of.rewards = reward.calibrated(of.raw) if open_ else of.raw.copy()
+    _check_rewarded(of, config)
+    of.rewards = reward.calibrated(of.raw) if np.isfinite(of.raw).any() else of.raw.copy()
     of.rewards[[i for i, why in enumerate(of.why) if why and why.endswith("penalised")]] = config.penalty
     if held_out and open_:
         raw = np.array([np.nan if isinstance(s, Reject) else s for s in held_out.raw(items)])
         of.held_out[open_] = held_out.calibrated(raw)
 
 
-def _check_rewarded(of: Round, number: int, config: OnlineConfig) -> None:
-    """`UserError` when too many responses of a round got no score; the round itself is kept."""
+def _check_rewarded(of: Round, config: OnlineConfig) -> None:
+    """`UserError` when too many responses got no score; the samples stay, for when the labeller is mended."""
     lost = [why for why in of.why if why and not why.endswith(("penalised", "left out"))]
     if len(lost) > config.max_unrewarded * len(of.why):
         raise UserError(
-            f"round {number}: {len(lost)} of {len(of.why)} responses got no score, more than max_unrewarded="
+            f"round {of.number}: {len(lost)} of {len(of.why)} responses got no score, more than max_unrewarded="
             f"{config.max_unrewarded:g}; the first: {lost[0]}"
         )
 
@@ -503,7 +553,7 @@ class Mixed:
 
 
 def mixed(fresh: Split, earlier: list[Split], offline: Split | None, number: int, config: OnlineConfig) -> Mixed:
-    """The fresh groups, with so many of earlier rounds and of the offline dataset that their shares are as asked for."""
+    """The fresh groups, with as many of earlier rounds and of the offline dataset as make up their shares."""
     total = len(fresh.group_rows) / (1 - config.replay_ratio - config.offline_ratio)
     parts, counts = [fresh], [0, 0]
     old = data.joined(earlier) if earlier and config.replay_ratio else None
@@ -598,7 +648,7 @@ def _shown(number: float | None) -> str:
 
 
 def _print_result(final: dict[str, Any], facts: dict[str, Any], output: Path) -> None:
-    print(f"trained {facts['steps']} steps in {facts['seconds']:.1f} s")
+    print(f"trained {facts['optimizer_steps']} steps in {facts['seconds']:.1f} s")
     for name in ("reward", "held_out_reward", "kl", "length"):
         if final[f"{name}_first"] is not None:
             print(

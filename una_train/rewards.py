@@ -1,7 +1,7 @@
 """What a labeller of `una label` says of responses, as rewards in [0, 1] that mean the same in every round.
 
-The raw score is calibrated by the ends of the labeller's scale, by a sigmoid, or by statistics of the first round, which
-are kept with the run. A response that the labeller gives no score, or one that is none, has a `Reject` for a reward.
+The raw score is calibrated by the ends of the labeller's scale, by a sigmoid, or by statistics of the first round,
+which are kept with the run. A response that the labeller gives no score has a `Reject` for one.
 """
 
 from collections.abc import Sequence

@@ -75,6 +75,7 @@ def _sum(logps: np.ndarray) -> float:
 def write(path: Path, of: Round, prompts: Sequence[str]) -> None:
     """The round as parquet, renamed into its place when it is whole; `prompts`: JSON texts of the run's prompts."""
     n = len(of.places)
+    none: list[Any] = [None] * n
     columns: dict[str, Any] = {
         "round": [of.number] * n,
         "prompt": [prompts[i] for i in of.places],
@@ -83,13 +84,13 @@ def write(path: Path, of: Round, prompts: Sequence[str]) -> None:
         "reward": _nullable(of.rewards, n),
         "raw_reward": _nullable(of.raw, n),
         "held_out_reward": _nullable(of.held_out, n),
-        "kl": of.kl.tolist() if of.ref_logps else [None] * n,
+        "kl": of.kl.tolist() if of.ref_logps else none,
         "finished": [s.finished for s in of.sampled],
-        "why": of.why or [None] * n,
+        "why": of.why or none,
         "response_ids": [s.ids for s in of.sampled],
         "sampled_logps": [s.logps for s in of.sampled],
-        "ref_logps": of.ref_logps or [None] * n,
-        "ref_rewards": of.ref_rewards or [None] * n,
+        "ref_logps": of.ref_logps or none,
+        "ref_rewards": of.ref_rewards or none,
     }
     arrays = [pa.array(columns[f.name], f.type) for f in SAMPLES]
     temp = path.with_name(f".{path.name}")

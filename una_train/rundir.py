@@ -66,6 +66,7 @@ LEFTOVERS = (
     ".predictions.parquet",
     ".metrics.jsonl",
     ".config.yaml",
+    ".engine-weights",
 )
 
 VALUE = "value"  # key of a parameter itself among its optimizer state

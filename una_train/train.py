@@ -53,7 +53,7 @@ from una_train.offsets import FROM_REFERENCE
 log = logging.getLogger("una_train")
 
 T = TypeVar("T")
-C = TypeVar("C", Config, RewardConfig)
+C = TypeVar("C", bound=Config | RewardConfig)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

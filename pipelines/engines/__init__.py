@@ -4,7 +4,7 @@ import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -86,7 +86,8 @@ def load_sampler(
     directory of a LoRA adapter to the model."""
     from pipelines.engines.sampling import LOADERS
 
-    return LOADERS[name](
+    load_one: Any = LOADERS[name]
+    return load_one(
         model,
         dtype=dtype,
         batch_tokens=batch_tokens,

@@ -11,7 +11,9 @@ import inspect
 import json
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import InvalidStateError
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,23 @@ def choose(logps: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor
 # --- vLLM ----------------------------------------------------------------------------------------
 
 
+class EngineDied(RuntimeError):  # noqa: N818 - it says what happened
+    """The engine's process is gone; what it had not given back is lost, and a new engine can be started."""
+
+
+class Reloading:
+    """What vLLM's workers can do in addition."""
+
+    def take_weights(self: Any, directory: str) -> None:
+        """Go on with the weights in a directory."""
+        self.reload_weights(weights_path=directory)
+        head: Any = getattr(self.model_runner.get_model(), "lm_head", None)
+        if hasattr(head, "cpu_linear"):  # on a CPU, a head that is the embedding keeps a packed copy, which stays old
+            from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+            dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+
+
 class VllmSampler:
     """See `pipelines.engines.Sampler`. The engine stays up while its weights, or its adapter, change.
 
@@ -159,19 +178,28 @@ class VllmSampler:
         import vllm as library
 
         self.llm, self.end, self.version = llm, end_of_turn, f"vllm {library.__version__}"
-        self._lora, self._adapter, self._updates = lora, None, 0
+        self._lora, self._updates = lora, 0
+        self._adapter: Any = None
         self._lock = threading.Lock()  # two threads inside `LLM.generate` hang
+        threading.Thread(target=_watch, args=(llm.llm_engine.engine_core,), daemon=True).start()
 
-    def update(self, directory: str | Path) -> None:
-        """Sample from now on from the weights in a directory: a whole model's, or an adapter's."""
+    def update(self, directory: str | Path | None) -> None:
+        """Sample from now on from the weights in a directory: a whole model's, or an adapter's (None: without one)."""
         self._updates += 1
         if self._lora:
             from vllm.lora.request import LoRARequest
 
-            self._adapter = LoRARequest(f"update-{self._updates}", self._updates, str(directory))
+            name = f"update-{self._updates}"
+            self._adapter = LoRARequest(name, self._updates, str(directory)) if directory else None
         else:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(directory)})
-            self.llm.reset_prefix_cache()  # what it holds was computed by the weights before
+            with self._lock, _telling():
+                self.llm.collective_rpc("take_weights", args=(str(directory),))
+                self.llm.reset_prefix_cache()  # what it holds was computed by the weights before
+
+    def close(self) -> None:
+        """End the engine's process."""
+        with suppress(Exception):  # it may be gone already
+            self.llm.llm_engine.engine_core.shutdown()
 
     def sample(
         self,
@@ -199,7 +227,7 @@ class VllmSampler:
 
         asked = [(p, params(seed, j)) for p, seed in zip(prompts, seeds, strict=True) for j in range(n)]
         inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt, _ in asked]
-        with self._lock:
+        with self._lock, _telling():
             outputs = self.llm.generate(inputs, [p for _, p in asked], use_tqdm=False, lora_request=self._adapter)
         sampled = [self._sampled(output.outputs[0]) for output in outputs]
         return [sampled[i : i + n] for i in range(0, len(sampled), n)]
@@ -208,6 +236,32 @@ class VllmSampler:
         ids = list(output.token_ids)
         logps = [of[token].logprob for of, token in zip(output.logprobs, ids, strict=True)]
         return Sampled(ids, np.array(logps, np.float32), ids[-1] == self.end)
+
+
+def _watch(core: Any) -> None:
+    """Wait for the end of an engine's processes, and tell whoever waits for them: vLLM's own calls would wait on."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    manager = getattr(getattr(core, "resources", None), "engine_manager", None)
+    if manager is None:  # it runs in this process
+        return
+    wait([process.sentinel for process in manager.processes])
+    core.resources.engine_dead = True  # from now on calls raise
+    core.outputs_queue.put(EngineDeadError())
+    for future in list(core.utility_results.values()):
+        with suppress(InvalidStateError):
+            future.set_exception(EngineDeadError())
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """vLLM's word for a dead engine as ours."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineDied("the process of vLLM's engine is gone") from error
 
 
 def _seed(seed: int, sample: int) -> int:
@@ -228,7 +282,7 @@ def load_transformers(
     try:
         text = AutoConfig.from_pretrained(model).get_text_config()
         attention = {"attn_implementation": "eager"} if getattr(text, "attn_logit_softcapping", None) else {}
-        net = AutoModelForCausalLM.from_pretrained(
+        net: Any = AutoModelForCausalLM.from_pretrained(
             model, dtype=getattr(torch, dtype), use_safetensors=True, **attention
         )
         if adapter:
@@ -255,6 +309,8 @@ def load_vllm(
         max_num_batched_tokens=max(batch_tokens, max_length),
         enable_prefix_caching=True,  # the samples of a prompt share it
         generation_config="vllm",
+        enforce_eager=not torch.cuda.is_available(),  # on a CPU, to compile takes a minute
+        worker_extension_cls=f"{__name__}.{Reloading.__name__}",
         **options,
     )
     sampler = VllmSampler(llm, end_of_turn, lora=adapter is not None)

@@ -171,6 +171,7 @@ def run_page(directory: Path) -> Page:
         "warnings": _warnings(lines, found),
         "notes": run_notes + line_notes + found_notes,
         "sections": [
+            section("Rounds", _round_blocks(directory, lines)),
             section("Loss", [chart("Loss by type", losses)]),
             section("Implicit reward and drift", [chart("Mean implicit reward and drift by type", movement)]),
             section("Pair accuracy", [chart("Pair accuracy; .5 is chance", accuracy)]),
@@ -193,7 +194,10 @@ def _facts(run: Facts, lines: list[Facts], found: Predictions) -> list[tuple[str
     return [
         ("model", run.get("model")),
         ("dataset", run.get("dataset")),
-        ("steps", f"{done:,}" if run.get("steps") in (None, done) else f"{done:,} of {shown(run['steps'])}"),
+        (
+            "rounds" if any(line.get("online") for line in lines) else "steps",
+            f"{done:,}" if run.get("steps") in (None, done) else f"{done:,} of {shown(run['steps'])}",
+        ),
         ("train loss, first → last", f"{loss[:end].mean():.4g} → {loss[-end:].mean():.4g}" if len(loss) else None),
         ("pair accuracy (test)", percent(accuracy) if pairs else None),
         ("time", _duration(number(run.get("seconds")))),
@@ -224,6 +228,30 @@ def _panel(lines: list[Facts], name: str, kinds: list[str] | None = None, **axes
 def _plain_panel(lines: list[Facts], name: str, title: str) -> list[Panel]:
     steps, found = series(lines, "train", name)
     return [curves([("train", None, steps, found)], title=title, ylim=(0, None))] if np.isfinite(found).any() else []
+
+
+def _round_blocks(directory: Path, lines: list[Facts]) -> list[Block]:
+    """Of an online run: how reward, KL and responses went, and the best and the worst of the newest round."""
+    told = [{**line, **_dict(line.get("online"))} for line in lines if line.get("online")]
+    names = {
+        "reward": "mean reward",
+        "held_out_reward": "mean held-out reward",
+        "kl": "KL from the reference (nats per response)",
+        "length": "tokens per response",
+        "repetition": "share of 4-grams that are repeated",
+        "beta": "β",
+    }
+    panels = [panel for name, title in names.items() for panel in _plain_panel(told, name, title)]
+    blocks = [chart("The round's own samples", panels)] if panels else []
+    newest = max((directory / "rounds").glob("round-*.parquet"), default=None)
+    if newest is None:
+        return blocks
+    columns = ["prompt", "response", "reward", "kl", "why"]
+    rows = [row for batch in batches(newest, columns) for row in batch.to_pylist()]
+    rows.sort(key=lambda row: -number(row["reward"]) if row["reward"] is not None else math.inf)
+    few = rows if len(rows) <= 10 else [*rows[:5], *rows[-5:]]
+    body = [[row[name] for name in columns] for row in few]
+    return [*blocks, table(["prompt", "response", "reward", "KL (nats)", "decided"], body, (2, 3))]
 
 
 def _final_table(run: Facts, lines: list[Facts]) -> Block:

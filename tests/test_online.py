@@ -1,0 +1,489 @@
+"""Online training on a tiny random model: rounds, resuming, references, and what can go wrong."""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from pipelines import prompts
+from schemas.errors import UsageError, UserError
+from una_train import alarms, data, offsets, online, rounds
+from una_train import config as settings
+from una_train.objective import Objectives
+
+REPO = Path(__file__).parents[1]
+QUICK = ["tracker=none", "rounds=4", "prompts_per_round=3", "samples_per_prompt=4", "max_new_tokens=6"]
+QUICK += ["missing_eos=keep", "learning_rate=1e-2", "save_every=2", "batch_size=6"]
+LETTERS = (
+    "def score(prompt, response, metadata):\n    return sum(c in 'aeiou' for c in response) / max(1, len(response))\n"
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    records = [
+        {"prompt": f"Say {word} to {name}."} for word in ("yes", "no") for name in ("Ada", "Bo", "Cy", "Di", "Ed")
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", records)
+
+
+@pytest.fixture(scope="module")
+def vowels(tmp_path_factory):
+    return rule(tmp_path_factory.mktemp("rule"), LETTERS)
+
+
+def rule(where: Path, code: str, ends="[0, 1]", name="rule") -> Path:
+    where.mkdir(exist_ok=True)
+    (where / f"{name}.py").write_text(code)
+    path = where / f"{name}.yaml"
+    path.write_text(f"kind: python\nfunction: {where / f'{name}.py'}:score\n" + (f"ends: {ends}\n" if ends else ""))
+    return path
+
+
+def argv(asked, model, reward, output, sets=(), *flags) -> list[str]:
+    options = [part for one in (*QUICK, *sets) for part in ("--set", one)]
+    return [*map(str, (asked, "--model", model, "--reward", reward, "--output", output)), *options, *map(str, flags)]
+
+
+def una_online(*given) -> dict:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    parser = argparse.ArgumentParser()
+    online.add_arguments(parser)
+    return online.command(parser.parse_args(argv(*given)))
+
+
+def lines(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def told(output: Path) -> list[dict]:
+    """What does not depend on the clock."""
+    out = []
+    for line in lines(output):
+        line["online"].pop("seconds")
+        out.append({k: v for k, v in line.items() if k not in ("tokens_per_second", "data_wait")})
+    return out
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "policy" / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def samples(output: Path, number: int) -> dict[str, list]:
+    return pq.read_table(output / "rounds" / f"round-{number:06d}.parquet").to_pydict()
+
+
+def plain_logps(model_dir, prompt, response):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    with torch.no_grad():
+        rows = torch.log_softmax(model(torch.tensor([prompt + response])).logits[0].double(), -1)
+    return [rows[len(prompt) + i - 1, token].item() for i, token in enumerate(response)]
+
+
+# --- the loop ------------------------------------------------------------------------------------
+
+
+def test_the_reward_rises_and_the_samples_are_there(asked, tiny_model, vowels, tmp_path):
+    more = ["rounds=24", "prompts_per_round=6", "samples_per_prompt=8", "batch_size=48", "beta=0.1"]
+    summary = una_online(asked, tiny_model, vowels, tmp_path / "run", [*more, "learning_rate=3e-3", "alarm_rounds=4"])
+    assert summary["reward_last"] > summary["reward_first"] + 0.04
+    assert summary["kl_last"] > summary["kl_first"] >= -0.1
+    of = samples(tmp_path / "run", 24)
+    assert len(of["response"]) == 48
+    for text, reward in zip(of["response"], of["reward"], strict=True):
+        if text.strip():
+            assert reward == pytest.approx(sum(c in "aeiou" for c in text) / len(text), abs=1e-6)
+    assert json.loads(of["prompt"][0])[0]["content"].startswith("Say ")
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["final"]["online"]["reward_last"] == summary["reward_last"]
+
+
+@pytest.mark.parametrize("how", [["lora=true"], ["reference=weights"], ["reference=stage"]])
+def test_log_ratios_are_against_the_model_that_the_run_began_with(asked, tiny_model, vowels, tmp_path, how):
+    una_online(asked, tiny_model, vowels, tmp_path / "run", ["beta=1", *how])
+    first, last = samples(tmp_path / "run", 1), samples(tmp_path / "run", 4)
+    np.testing.assert_allclose(first["kl"], 0, atol=1e-4)
+    assert max(map(abs, last["kl"])) > 1e-3
+    world = rendered(asked, tiny_model)
+    for i in (0, 5, 11):
+        prompt, response = world[json.loads(last["prompt"][i])[0]["content"]], last["response_ids"][i]
+        np.testing.assert_allclose(last["ref_logps"][i], plain_logps(tiny_model, prompt, response), atol=1e-4)
+        moved = sum(last["sampled_logps"][i]) - sum(last["ref_logps"][i])
+        assert last["kl"][i] == pytest.approx(moved, abs=1e-4)
+    drift = [line["online"]["drift"] for line in lines(tmp_path / "run")]
+    assert all(abs(one) < 1.5 for one in drift)
+
+
+def rendered(asked, model):
+    from pipelines import render
+
+    renderer = render.load(model)
+    found, _ = prompts.usable(str(asked))
+    return {p.messages[0]["content"]: renderer.prompt_ids(p.messages) for p in found}
+
+
+def test_trained_on_samples_of_one_step_the_policy_has_not_moved(asked, tiny_model, vowels, tmp_path):
+    una_online(asked, tiny_model, vowels, tmp_path / "run", ["batch_size=12"])
+    assert all(abs(line["online"]["drift"]) < 1e-4 for line in lines(tmp_path / "run"))
+
+
+# --- resuming ------------------------------------------------------------------------------------
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+HERE = Path(__file__).parent
+def score(prompt, response, metadata):
+    if (HERE / "armed").exists() and (HERE / "armed").stat().st_size >= 20:
+        (HERE / "armed").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if (HERE / "armed").exists():
+        with (HERE / "armed").open("a") as file:
+            file.write("x")
+    return sum(c in 'aeiou' for c in response) / max(1, len(response))
+"""
+
+
+@pytest.mark.parametrize("more", [[], ["save_every=0", "replay_ratio=0.4", "lora=true", "lora.dropout=0.2"]])
+def test_a_run_that_is_killed_in_a_round_ends_as_if_it_had_not_been(asked, tiny_model, tmp_path, monkeypatch, more):
+    reward = rule(tmp_path / "rule", KILLED)
+    more = [*more, "rollout_prompts=1", "offset.scalar=ema", "kl_target=0.01"]
+    una_online(asked, tiny_model, reward, tmp_path / "whole", more)
+
+    (tmp_path / "rule" / "armed").touch()
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "online",
+        *argv(asked, tiny_model, reward, tmp_path / "cut", more),
+    ]
+    done = subprocess.run(command, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    kept = sorted(path.name for path in (tmp_path / "cut" / "rounds").glob("*.parquet"))
+    parts = [name for name in kept if name.startswith("part-")]
+    assert len(parts) == 3  # all that the round had sampled
+    whole = len(kept) - 3
+    assert whole in (1, 2)
+
+    asked_for = []
+    sample = online.TransformersSampler.sample
+    monkeypatch.setattr(
+        online.TransformersSampler,
+        "sample",
+        lambda self, p, **how: asked_for.append(len(p)) or sample(self, p, **how),
+    )
+    una_online(asked, tiny_model, reward, tmp_path / "cut", more, "--resume")
+    assert sum(asked_for) == 3 * (4 - whole - 1)  # nothing that was sampled is sampled again
+    assert told(tmp_path / "cut") == told(tmp_path / "whole")
+    for number in range(1, 5):
+        assert samples(tmp_path / "cut", number) == samples(tmp_path / "whole", number)
+    name = "adapter_model.safetensors" if "lora=true" in more else "model.safetensors"
+    assert same(*(load_file(tmp_path / run / "policy" / name) for run in ("cut", "whole")))
+    assert not list((tmp_path / "cut" / "rounds").glob("part-*"))
+
+
+def test_another_reward_or_setting_does_not_continue_a_run(asked, tiny_model, vowels, tmp_path):
+    broken = rule(tmp_path / "broken", LETTERS + "\n\n_calls = []\n")
+    run = tmp_path / "run"
+    stop = rule(tmp_path / "stop", "def score(p, r, m):\n    raise ValueError('no')\n")
+    with pytest.raises(UserError, match=r"round 1: 12 of 12 responses got no score.*ValueError: no"):
+        una_online(asked, tiny_model, stop, run)
+    with pytest.raises(UserError, match="cannot continue with other reward"):
+        una_online(asked, tiny_model, broken, run, [], "--resume")
+    with pytest.raises(UserError, match="temperature"):
+        una_online(asked, tiny_model, stop, run, ["temperature=0.5"], "--resume")
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def test_scores_that_are_none_leave_their_responses_out_and_stop_a_run_of_too_many(asked, tiny_model, tmp_path):
+    code = (
+        "def score(prompt, response, metadata):\n"
+        "    n = sum(map(ord, response)) % 4\n"
+        "    if n == 0: raise KeyError('gone')\n"
+        "    return [float('nan'), 7.0, 0.5][n - 1]\n"
+    )
+    reward = rule(tmp_path / "rule", code)
+    una_online(asked, tiny_model, reward, tmp_path / "run", ["max_unrewarded=1"])
+    decided = set()
+    for number in range(1, 5):
+        of = samples(tmp_path / "run", number)
+        for value, why in zip(of["reward"], of["why"], strict=True):
+            assert (value is None) == (why is not None)
+            decided.add((why or "fine")[:34])
+    assert len(decided) >= 3
+    assert any("KeyError" in one or "labeller_failed" in one for one in decided)
+    with pytest.raises(UserError, match=r"got no score, more than max_unrewarded=0\.1"):
+        una_online(asked, tiny_model, reward, tmp_path / "strict")
+
+
+def test_prompts_without_text_or_too_long_are_left_out_and_counted(tiny_model, vowels, tmp_path):
+    records = [{"prompt": "Say yes."}, {"prompt": "  "}, {"text": "x"}, {"prompt": "long " * 3000}, 7]
+    path = write_jsonl(tmp_path / "prompts.jsonl", records)
+    una_online(path, tiny_model, vowels, tmp_path / "run", ["rounds=1"])
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["prompts"] == {
+        "used": 1,
+        "left_out": {"empty_prompt": 1, "missing_field": 1, "too_long": 1, "wrong_type": 1},
+    }
+    with pytest.raises(UserError, match="no prompt that could be used, of 1 records"):
+        una_online(write_jsonl(tmp_path / "blank.jsonl", records[1:2]), tiny_model, vowels, tmp_path / "none")
+    with pytest.raises(UserError, match=r"no prompt can be used \(too_long 1\)"):
+        una_online(write_jsonl(tmp_path / "long.jsonl", records[3:4]), tiny_model, vowels, tmp_path / "none")
+
+
+def test_a_model_without_an_end_of_turn_is_told_of(asked, tiny_model, vowels, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    facts = json.loads((model / "tokenizer_config.json").read_text())
+    facts["eos_token"] = None
+    (model / "tokenizer_config.json").write_text(json.dumps(facts))
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    with pytest.raises(UserError, match=r"no .*end-of-turn token"):
+        una_online(asked, model, vowels, tmp_path / "run")
+
+
+def test_responses_that_are_all_alike_fall_back_to_the_running_mean_and_it_is_said(
+    asked, tiny_model, vowels, tmp_path, caplog
+):
+    una_online(asked, tiny_model, vowels, tmp_path / "run", ["temperature=0", "rounds=3", "max_unrewarded=1"])
+    assert [line["online"]["lone"] for line in lines(tmp_path / "run")] == [12, 12, 12]
+    assert "have no other to their prompt that differs" in caplog.text
+    assert any(line["grad_norm"] for line in lines(tmp_path / "run"))
+
+
+def test_a_round_whose_rewards_are_all_0_takes_no_step(asked, tiny_model, tmp_path, caplog):
+    reward = rule(tmp_path / "rule", "def score(p, r, m):\n    return 0\n")
+    una_online(asked, tiny_model, reward, tmp_path / "run", ["rounds=1", "offset.scalar=ema"])
+    assert "rewards are 0, so none is better than another; no step is taken" in caplog.text
+    assert same(weights(tmp_path / "run"), load_file(tiny_model / "model.safetensors"))
+
+
+@pytest.mark.parametrize("policy", ["penalize", "drop", "keep"])
+def test_what_becomes_of_responses_that_do_not_end(asked, tiny_model, tmp_path, policy):
+    reward = rule(tmp_path / "rule", "def score(p, r, m):\n    return 0.5\n")
+    sets = [f"missing_eos={policy}", "penalty=0.25", "rounds=1"]
+    una_online(asked, tiny_model, reward, tmp_path / "run", sets)
+    of = samples(tmp_path / "run", 1)
+    cut_off = [reward for reward, end, text in zip(of["reward"], of["finished"], of["response"], strict=True)
+               if not end and text.strip()]  # fmt: skip
+    assert cut_off
+    assert set(cut_off) == {{"penalize": 0.25, "drop": None, "keep": 0.5}[policy]}
+
+
+def test_settings_that_have_no_meaning_or_do_not_go_together(asked, tiny_model, vowels, tmp_path):
+    for sets, says in (
+        (["eval_every=3"], "no meaning for `una online`"),
+        (["replay_ratio=0.6", "offline_ratio=0.5"], "leave no room"),
+        (["reference=adapter"], "none without lora"),
+        (["offline_ratio=0.5"], "go together"),
+        (["max_new_tokens=4096"], "the context of"),
+        (["calibrate=none"], None),
+    ):
+        if says:
+            with pytest.raises(UsageError, match=says):
+                una_online(asked, tiny_model, vowels, tmp_path / "run", sets)
+    with pytest.raises(UsageError, match="have no ends"):
+        una_online(asked, tiny_model, rule(tmp_path / "r", LETTERS, ends=""), tmp_path / "run", ["calibrate=none"])
+
+
+# --- rewards over rounds, replay, β ----------------------------------------------------------------
+
+
+def test_what_is_fitted_is_fitted_to_the_first_round(asked, tiny_model, tmp_path):
+    reward = rule(tmp_path / "rule", "def score(p, r, m):\n    return 100.0 * len(r)\n", ends="")
+    una_online(asked, tiny_model, reward, tmp_path / "run", ["calibrate=minmax"])
+    first = samples(tmp_path / "run", 1)
+    raw = [one for one in first["raw_reward"] if one is not None]
+    for number in (1, 4):
+        of = samples(tmp_path / "run", number)
+        for value, was in zip(of["reward"], of["raw_reward"], strict=True):
+            if was is not None:
+                expected = (was - min(raw)) / (max(raw) - min(raw))
+                assert value == pytest.approx(min(max(expected, 0), 1), abs=1e-6)
+
+
+def test_a_round_holds_the_shares_of_replay_that_were_asked_for(asked, tiny_model, vowels, tmp_path):
+    una_online(asked, tiny_model, vowels, tmp_path / "run", ["replay_ratio=0.5", "replay_rounds=2"])
+    of = [line["online"] for line in lines(tmp_path / "run")]
+    assert [one["replayed"] for one in of] == [0, 12, 12, 12]
+    assert of[3]["groups"] == 24
+
+
+def test_beta_follows_the_kl_that_was_asked_for(asked, tiny_model, vowels, tmp_path):
+    una_online(asked, tiny_model, vowels, tmp_path / "low", ["kl_target=1e-6", "beta=0.1"])
+    betas = [line["online"]["beta"] for line in lines(tmp_path / "low")]
+    kl = [line["online"]["kl"] for line in lines(tmp_path / "low")]
+    for before, after, moved in zip(betas[:-1], betas[1:], kl[:-1], strict=True):
+        assert after == pytest.approx(before * (1 + min(max(moved / 1e-6 - 1, -0.2), 0.2)))
+
+
+# --- parts -------------------------------------------------------------------------------------
+
+
+def split_with(rng, n, source):
+    lengths = rng.integers(1, 6, n)
+
+    def flat(kind):
+        return data.Flat(rng.integers(0, 99, lengths.sum()).astype(kind), lengths)
+
+    sizes = []
+    while sum(sizes) < n:
+        sizes.append(min(int(rng.integers(1, 4)), n - sum(sizes)))
+    return data.Split(
+        files=[], prompts=flat(np.int32), responses=flat(np.int32), ref_logps=flat(np.float32),
+        rewards=rng.random(n), types=np.full(n, 2, np.int8), sources=np.zeros(n, np.int32), source_names=[source],
+        group_rows=np.array([[i, -1] for i in range(n)]), bundle_starts=np.cumsum([0, *sizes]),
+    )  # fmt: skip
+
+
+def content(split):
+    """What each bundle says, whatever the rows' numbers."""
+    return [
+        [
+            (split.prompts[r].tolist(), split.responses[r].tolist(), split.ref_logps[r].tolist(), split.rewards[r],
+             split.source_names[split.sources[r]])
+            for group in bundle for r in group
+        ]
+        for bundle in split.bundles()
+    ]  # fmt: skip
+
+
+@given(st.integers(0, 1000), st.integers(1, 9), st.integers(1, 9))
+def test_splits_joined_and_taken_hold_the_same_rows(seed, n, m):
+    rng = np.random.default_rng(seed)
+    a, b = split_with(rng, n, "b"), split_with(rng, m, "a")
+    both = data.joined([a, b])
+    assert content(both) == content(a) + content(b)
+    chosen = rng.permutation(len(both.bundle_starts) - 1)[:3].tolist()
+    part = data.taken(both, chosen)
+    assert content(part) == [content(both)[i] for i in chosen]
+    assert sorted(part.group_rows[part.group_rows >= 0]) == list(range(len(part.rewards)))
+
+
+def test_offsets_of_lone_rows_are_the_running_mean():
+    rng = np.random.default_rng(0)
+    split = split_with(rng, 6, "x")
+    split = dataclasses.replace(split, bundle_starts=np.array([0, 3, 6]), lone=np.array([0, 0, 0, 1, 1, 1], bool))
+    config = settings.load_online(None, ["beta=1"])
+    objectives = Objectives(config, split)
+    batch = data.collate(split, split.bundles())
+    logps = batch.ref_logps + 0.1
+    outcome = objectives(logps, None, batch)
+    h = 0.1 * np.array(batch.lengths)
+    running = objectives.running["scalar"].value
+    np.testing.assert_allclose(outcome.predicted[3:], 1 / (1 + np.exp(-(h[3:] + running))), atol=1e-6)
+    assert outcome.predicted[:3].mean() == pytest.approx(float(split.rewards[:3].mean()), abs=1e-6)
+    objectives.update(outcome.judged())
+    assert objectives.running["scalar"].value != running
+    assert math.isfinite(offsets.EDGE)
+
+
+def test_rows_are_lone_when_all_responses_of_their_prompt_are_the_same():
+    found = rounds.lone(np.arange(5), np.array([0, 2, 4, 5]), [[1], [1], [1], [2], [3]])
+    assert found.tolist() == [True, True, False, False, True]
+
+
+def test_repetition_is_the_share_of_4_grams_that_came_before():
+    assert rounds.repetition([1, 2, 3]) == 0
+    assert rounds.repetition([1, 2, 3, 4, 5]) == 0
+    assert rounds.repetition([7] * 10) == pytest.approx(6 / 7)
+
+
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 9))
+def test_every_prompt_comes_once_in_each_pass(count, size, seed):
+    config = dataclasses.replace(settings.OnlineConfig(), prompts_per_round=size, seed=seed)
+    rounds_ = [online._places(count, number, config) for number in range(1, 8)]
+    assert {len(one) for one in rounds_} == {min(size, count)}
+    stream = [place for one in rounds_ for place in one]
+    for start in range(0, len(stream) - count + 1, count):
+        assert sorted(stream[start : start + count]) == list(range(count))
+
+
+# --- alarms ------------------------------------------------------------------------------------
+
+
+def round_facts(**changes):
+    usual = {"reward": 0.5, "reward_error": 0.01, "held_out_reward": 0.5, "held_out_error": 0.01, "length": 50.0}
+    return usual | {"repetition": 0.05, "distinct": 1.0, "finished": 1.0} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"reward": 0.7, "length": 120.0}, "does length pay"),
+        ({"reward": 0.7, "repetition": 0.4}, "repeat themselves"),
+        ({"reward": 0.7, "distinct": 0.2}, "became alike"),
+        ({"reward": 0.7, "held_out_reward": 0.3}, "they disagree"),
+        ({"finished": 0.5}, "no longer end"),
+    ],
+)
+def test_alarms_tell_once_what_runs_away_while_the_reward_rises(changes, says):
+    given_: set[str] = set()
+    history = [round_facts() for _ in range(5)] + [round_facts(**changes) for _ in range(5)]
+    (words,) = alarms.alarms(history, 5, given_)
+    assert says in words
+    assert alarms.alarms([*history, round_facts(**changes)], 5, given_) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"reward": 0.7}, {"length": 120.0}, {"reward": 0.51, "held_out_reward": 0.3}, {"reward": None},
+     {"reward": 0.7, "held_out_reward": None, "held_out_error": None}],
+)  # fmt: skip
+def test_alarms_are_silent_where_nothing_is_gamed(changes):
+    history = [round_facts() for _ in range(5)] + [round_facts(**changes) for _ in range(5)]
+    assert alarms.alarms(history, 5, set()) == []
+    assert alarms.alarms(history[:9], 5, set()) == []
+
+
+# --- an engine elsewhere -------------------------------------------------------------------------
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("more", [[], ["lora=true"]])
+def test_rounds_sampled_by_vllm_have_the_policys_weights_and_survive_its_death(
+    asked, tiny_model, vowels, tmp_path, caplog, monkeypatch, more
+):
+    pytest.importorskip("vllm")
+    from test_sampling import kill_engine
+
+    forget = online.Sampling.forget
+    monkeypatch.setattr(
+        online.Sampling, "forget", lambda self, number: (kill_engine() if number == 2 else None, forget(self, number))
+    )
+    una_online(asked, tiny_model, vowels, tmp_path / "run", ["engine=vllm", "rounds=3", "batch_size=12", *more])
+    assert "starting it again" in caplog.text
+    for line in lines(tmp_path / "run"):  # log π_θ of the trainer, before its step, is that of the engine
+        assert abs(line["online"]["drift"]) < 1e-3
+    assert max(map(abs, samples(tmp_path / "run", 3)["kl"])) > 1e-3
+    assert not (tmp_path / "run" / ".engine-weights").exists()

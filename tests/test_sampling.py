@@ -1,0 +1,207 @@
+"""Sampling: samples by their seeds, their log-probs, and engines whose weights change."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines import engines
+from pipelines.engines.sampling import EngineDied, TransformersSampler, choose, draws
+
+torch.set_num_threads(1)
+FREE = {"temperature": 1.0, "top_p": 1.0}
+
+
+def network(where):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()
+
+
+def plain(model, prompt, response):
+    """Log-probs of one response, one token at a time."""
+    with torch.no_grad():
+        rows = torch.log_softmax(model(torch.tensor([prompt + response])).logits[0].double(), -1)
+    return [rows[len(prompt) + i - 1, token].item() for i, token in enumerate(response)]
+
+
+def some_prompts(n=7, vocabulary=200):
+    rng = np.random.default_rng(1)
+    return [rng.integers(8, vocabulary, int(rng.integers(1, 30))).tolist() for _ in range(n)]
+
+
+def sampler_of(model, end=1, budget=100_000):
+    return TransformersSampler(model, end, budget)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return network(tiny_model)
+
+
+# --- what is chosen ------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32), st.floats(0.05, 1), st.sampled_from([0.5, 1.0, 2.0]))
+def test_a_token_is_chosen_among_the_fewest_that_reach_top_p(seed, top_p, temperature):
+    logps = torch.from_numpy(np.random.default_rng(seed).normal(size=(4, 11)) * 3).float().log_softmax(-1)
+    chosen = choose(logps, torch.rand(4, dtype=torch.float64), temperature, top_p)
+    for line, token in zip((logps / temperature).softmax(-1).tolist(), chosen.tolist(), strict=True):
+        better = sum(p for p in line if p > line[token])
+        assert better < top_p + 1e-6
+
+
+def test_tokens_are_chosen_as_often_as_their_probability_says():
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    u = torch.from_numpy((np.arange(100_000) + 0.5) / 100_000)
+    chosen = choose(p.log().expand(100_000, -1), u, 1.0, 1.0)
+    np.testing.assert_allclose(np.bincount(chosen, minlength=4) / 100_000, p, atol=1e-4)
+    heated = choose(p.log().expand(100_000, -1), u, 2.0, 1.0)
+    np.testing.assert_allclose(np.bincount(heated, minlength=4) / 100_000, p.sqrt() / p.sqrt().sum(), atol=1e-4)
+    assert choose(p.log()[None], torch.tensor([0.99], dtype=torch.float64), 0, 1.0).item() == 0
+
+
+def test_random_numbers_are_those_of_the_seed_and_the_sample():
+    np.testing.assert_array_equal(draws(3, 1, 4), draws(3, 1, 9)[:4])
+    assert draws(3, 1, 4)[0] != draws(3, 2, 4)[0] != draws(4, 2, 4)[0]
+
+
+# --- transformers --------------------------------------------------------------------------------
+
+
+def test_a_sample_does_not_depend_on_what_is_sampled_beside_it(model):
+    prompts = some_prompts()
+    together = sampler_of(model).sample(prompts, n=3, max_new_tokens=12, seeds=range(7), **FREE)
+    assert len({tuple(s.ids) for of in together for s in of}) > 15
+    for i, prompt in enumerate(prompts):
+        alone = sampler_of(model, budget=1).sample([prompt], n=3, max_new_tokens=12, seeds=[i], **FREE)[0]
+        assert [s.ids for s in alone] == [s.ids for s in together[i]]
+
+
+def test_log_probs_are_those_of_the_model_at_temperature_1(model):
+    prompts = some_prompts()
+    found = sampler_of(model).sample(prompts, n=2, temperature=0.7, top_p=0.9, max_new_tokens=12, seeds=range(7))
+    for prompt, of in zip(prompts, found, strict=True):
+        for one in of:
+            assert one.logps.dtype == np.float32
+            np.testing.assert_allclose(one.logps, plain(model, prompt, one.ids), atol=1e-4)
+
+
+def test_a_response_ends_with_the_end_of_turn_or_where_there_is_no_more_room(model):
+    likely = [int(np.bincount([s.ids[0] for s in of]).argmax()) for of in sampler_of(model).sample(
+        some_prompts(1), n=200, max_new_tokens=1, seeds=[0], **FREE)]  # fmt: skip
+    found = sampler_of(model, end=likely[0]).sample(some_prompts(), n=40, max_new_tokens=6, seeds=range(7), **FREE)
+    every = [one for of in found for one in of]
+    assert {one.finished for one in every} == {True, False}
+    for one in every:
+        assert one.finished == (one.ids[-1] == likely[0])
+        assert likely[0] not in one.ids[:-1]
+        assert one.finished or len(one.ids) == 6
+
+
+def test_a_model_in_training_is_left_in_training(model):
+    model.train()
+    sampler_of(model).sample(some_prompts(1), n=1, max_new_tokens=2, seeds=[0], **FREE)
+    assert model.training
+    model.eval()
+
+
+def test_sampling_equals_the_librarys_own_where_nothing_is_random(model):
+    prompt = some_prompts()[3]
+    out = model.generate(
+        input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        do_sample=False, max_new_tokens=10, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    found = sampler_of(model).sample([prompt], n=1, temperature=0, top_p=1.0, max_new_tokens=10, seeds=[0])
+    assert found[0][0].ids == out[0, len(prompt) :].tolist()
+
+
+# --- vLLM ----------------------------------------------------------------------------------------
+
+
+def other_weights(where, seed):
+    """The same model with other weights."""
+    import shutil
+
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    new = where.with_name(f"weights-{seed}")
+    if not new.exists():
+        shutil.copytree(where, new)
+        LlamaForCausalLM(network(where).config).save_pretrained(new)
+    return new
+
+
+def adapter(where, seed):
+    """A LoRA adapter that changes the model a lot."""
+    import peft
+
+    torch.manual_seed(seed)
+    made = peft.get_peft_model(network(where), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
+    for name, parameter in made.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    new = where.with_name(f"adapter-{seed}")
+    made.save_pretrained(new)
+    return new, made.eval()
+
+
+def sampled_from(sampler, model, others=()):
+    """Whether samples have the model's log-probs, and not those of the others."""
+    prompts = some_prompts()
+    found = sampler.sample(prompts, n=2, max_new_tokens=8, seeds=range(7), **FREE)
+    for prompt, of in zip(prompts, found, strict=True):
+        for one in of:
+            np.testing.assert_allclose(one.logps, plain(model, prompt, one.ids), atol=2e-3)
+    for other in others:
+        apart = [one.logps - plain(other, p, one.ids) for p, of in zip(prompts, found, strict=True) for one in of]
+        assert np.abs(np.concatenate(apart)).mean() > 0.1
+    return found
+
+
+@pytest.mark.vllm
+def test_vllm_samples_from_new_weights_without_a_restart_and_says_when_it_is_gone(tiny_model):
+    pytest.importorskip("vllm")
+    other = other_weights(tiny_model, 7)
+    old, new = network(tiny_model), network(other)
+    sampler = engines.load_sampler(
+        "vllm", str(tiny_model), dtype="float32", batch_tokens=2048, max_length=256, end_of_turn=1
+    )
+    first = sampled_from(sampler, old, [new])
+    again = sampler.sample(some_prompts(), n=2, max_new_tokens=8, seeds=range(7), **FREE)
+    assert [[s.ids for s in of] for of in again] == [[s.ids for s in of] for of in first]
+    sampler.update(other)
+    sampled_from(sampler, new, [old])
+    sampler.update(tiny_model)
+    sampled_from(sampler, old, [new])
+    kill_engine()
+    with pytest.raises(EngineDied):
+        sampler.sample(some_prompts(), n=2, max_new_tokens=8, seeds=range(7), **FREE)
+    sampler.close()
+
+
+def kill_engine():
+    import psutil
+
+    cores = [p for p in psutil.Process().children(recursive=True) if "EngineCore" in " ".join([*p.cmdline(), p.name()])]
+    assert cores
+    for core in cores:
+        core.kill()
+
+
+@pytest.mark.vllm
+def test_vllm_exchanges_adapters(tiny_model):
+    pytest.importorskip("vllm")
+    (first, one), (second, two) = adapter(tiny_model, 1), adapter(tiny_model, 2)
+    sampler = engines.load_sampler(
+        "vllm", str(tiny_model), dtype="float32", batch_tokens=2048, max_length=256, end_of_turn=1, adapter=str(first)
+    )
+    base = network(tiny_model)
+    sampled_from(sampler, one, [two, base])
+    sampler.update(second)
+    sampled_from(sampler, two, [one, base])
+    sampler.update(None)
+    sampled_from(sampler, base, [one, two])
+    sampler.close()
