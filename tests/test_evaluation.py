@@ -182,6 +182,20 @@ def test_kl_is_that_of_the_distributions(tiny_model, other_model, tmp_path):
     assert plain.mean(exact) > 5 * h.std() / math.sqrt(len(h))  # so that 0 would not pass
 
 
+def test_given_outputs_alone_and_nothing_of_them_executes(una_eval, tmp_path, prompts):
+    """No model is run: two files of outputs, whose texts and names are shown as they are."""
+    for name, text in {"<script>a": "<script>alert(1)</script>", "b": "Dear Anna,"}.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": p, "response": text} for p in HELD_OUT])
+    files = [tmp_path / "<script>a.jsonl", "--against", tmp_path / "b.jsonl"]
+    code, found, err = una_eval(*files, "--prompts", prompts, "--reward", "length:least=10,most=12")
+    assert code == 0, err
+    (of,) = found["wins"].values()
+    assert of["b.jsonl"]["win_rate"]["value"] == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
 # --- judges --------------------------------------------------------------------------------------
 
 
