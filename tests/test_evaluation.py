@@ -477,6 +477,13 @@ def test_calibration_needs_the_same_tokens_and_a_beta(una_eval, scored, foreign_
     assert (code, "una reference" in err) == (1, True)
 
 
+def test_a_part_of_a_dataset_is_whole_prompts(scored):
+    every, some = (calibration.read(str(scored), None, limit).rows for limit in (None, 20))
+    assert 20 <= len(some["type"]) < len(every["type"]) == 70
+    assert all(some["prompt_id"].count(one) == every["prompt_id"].count(one) for one in some["prompt_id"])
+    assert set(some["type"]) == set(every["type"])
+
+
 def test_agreement_of_perfect_scores():
     of = {"type": ["scalar"] * 4, "prompt_id": ["x"] * 4, "comparison_id": [None] * 4, "reward": [0.1, 0.4, 0.6, 0.9]}
     h = np.log(np.array(of["reward"]) / (1 - np.array(of["reward"]))) / 0.5

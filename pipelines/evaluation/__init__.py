@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     a("--dataset", metavar="DIR", help="a scored dataset on whose rows implicit and explicit rewards are compared")
     a("--suite", metavar="NAME", help=f"benchmarks: {', '.join(suites.SUITES)}, or a YAML file with tasks")
     a("--split", metavar="NAME", help="of a dataset (default: test, or all where there is none)")
-    a("--limit", type=int, metavar="N", help="the first N prompts, rows of --dataset, and questions of a task")
+    a("--limit", type=int, metavar="N", help="the first N prompts and questions of a task; about N rows of --dataset")
     a("--samples-per-prompt", type=int, default=1, metavar="N", help="responses to each prompt (1)")
     a("--temperature", type=float, default=1.0, metavar="T", help="of sampling; 0 is greedy (1)")
     a("--top-p", type=float, default=1.0, metavar="P", help="of sampling (1)")

@@ -39,12 +39,16 @@ class HeldOut:
 
 
 def read(path: str, split: str | None, limit: int | None) -> HeldOut:
-    """The rows of a split (`test`, or all where there is none); the first `limit` of them."""
+    """The rows of a split (`test`, or all where there is none), or a fair sample of about `limit` of them."""
     path = path.rstrip("/")
     manifest = dataset.read_manifest(path)
     if not manifest.reference:
         raise UserError(f"{path}: has no log-probs of a reference; run `una reference` on it, and give its output")
-    rows = rows_of(path, split, _COLUMNS)[:limit]
+    rows = rows_of(path, split, _COLUMNS)
+    if limit is not None and limit < len(rows):  # whole prompts, in the order of their hashes
+        rows.sort(key=lambda row: row["prompt_id"])
+        last = rows[limit - 1]["prompt_id"]
+        rows = [row for row in rows if row["prompt_id"] <= last]
     if not rows:
         raise UserError(f"{path}: no rows to compare rewards on")
     columns = {name: [row[name] for row in rows] for name in _COLUMNS}
