@@ -97,7 +97,7 @@ def agree(rows: Mapping[str, Sequence[Any]], h: np.ndarray, betas: Mapping[str, 
         if pairs:  # either may come first, so both orders count
             score, label = np.concatenate([score, 1 - score]), np.concatenate([label, 1 - label])
         told = {"beta": beta, "rows": len(where), "pearson": agreement.rounded(agreement.pearson(score, label))}
-        facts[kind] = {**told, "mean_logratio": agreement.rounded(float(h[where].mean())), **said}
+        facts[kind] = {**told, "mean_logratio": agreement.rounded(float(h[where].mean())) or 0.0, **said}
     return facts
 
 
