@@ -13,6 +13,7 @@ from typing import Any
 
 from pipelines import flex_template
 from pipelines.converters import CONVERTERS
+from pipelines.evaluation.suite import SUITES
 from pipelines.labellers import rules
 from pipelines.labellers.judge_settings import Settings
 from pipelines.readers import KINDS
@@ -132,6 +133,15 @@ def _rule_default(field: dataclasses.Field) -> str:
     return _default(field.default) if field.default is not None else ""
 
 
+def suites() -> str:
+    rows = [
+        f"| `{suite}` | {label} | `{task.name}` | {task.shots} | {', '.join(f'`{m}`' for m in task.metrics)} |"
+        for suite, tasks in SUITES.items()
+        for label, task in tasks.items()
+    ]
+    return "\n".join(["| suite | task | in the harness | shots | metric |", "|---|---|---|---|---|", *rows])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "columns": columns,
     "formats": formats,
@@ -150,6 +160,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rates": scaling.rates_table,
     "scale": scaling.scaling_table,
     "workers": scaling.workers_table,
+    "suites": suites,
 }
 FILES: dict[str, Callable[[], str]] = {"templates/reference.json": flex_template.metadata}
 

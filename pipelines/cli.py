@@ -121,12 +121,22 @@ COMMANDS: dict[str, tuple[str, str, str, str, str, str]] = {
         "train a reward model on comparisons",
         "una reward-model train data/published --model models/base --output runs/reward --set lora=true",
     ),
+    "eval": (
+        "pipelines.evaluation",
+        "add_arguments",
+        "command",
+        STORES,
+        "compare models: rewards, win rates and KL on held-out prompts, calibration, benchmarks",
+        "una eval runs/policy --against models/base --prompts data/published --reward rm.yaml --reference models/base "
+        "--output runs/eval\n"
+        "una eval runs/policy --against models/base --suite open-llm-leaderboard-new --output runs/benchmarks",
+    ),
     "report": (
         "pipelines.report",
         "add_arguments",
         "command",
         STORES,
-        "a dataset or a training run as one HTML file",
+        "a dataset, a training run or an evaluation as one HTML file",
         "una report data/published\nuna report runs/policy --output report.html",
     ),
     "run": (

@@ -524,7 +524,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
 def labelling(args: argparse.Namespace) -> tuple[Labelling, dict[str, Any] | None]:
     """What is to be done, and the statistics of `--calibration`; `UsageError` for what does not go together."""
     asked = _within_budget([labellers.asked(spec) for spec in args.labeller], args.budget)
-    voices = _told_apart([_voice(one) for one in asked])
+    voices = voices_of(asked)
     names = tuple(voice.identity.labeller for voice in voices)
     if len(set(names)) < len(names):
         raise UsageError(f"--labeller: {Counter(names).most_common(1)[0][0]} is there twice; leave one out")
@@ -558,14 +558,18 @@ def _voice(asked: labellers.Asked) -> Voice:
     return Voice(kind.identify(settings), settings, kind.load, kind.pairs(settings), kind.shared(settings))
 
 
-def _told_apart(voices: Sequence[Voice]) -> tuple[Voice, ...]:
-    """Labellers of one name, such as two lengths, get the hash of all that their scores depend on."""
+def voices_of(asked: Sequence[labellers.Asked]) -> tuple[Voice, ...]:
+    """The labellers with their identities; what can be checked cheaply is checked.
+
+    Those of one name, such as two lengths, get the hash of all that their scores depend on.
+    """
 
     def named(voice: Voice) -> Voice:
         name = voice.identity.labeller
         told = f"{name}{'+' if '@' in name else '@'}{key_of(dict(voice.identity.fingerprint))[:8]}"
         return replace(voice, identity=replace(voice.identity, labeller=told)) if often[name] > 1 else voice
 
+    voices = [_voice(one) for one in asked]
     often = Counter(voice.identity.labeller for voice in voices)
     return tuple(map(named, voices))
 

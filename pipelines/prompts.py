@@ -81,6 +81,15 @@ def _of_dataset(directory: str) -> Iterator[Prompt]:
 
 
 def _of_files(path: str) -> Iterator[Prompt | Refused]:
+    for place, raw in records(path):
+        try:
+            yield _prompt(raw, place)
+        except Reject as why:
+            yield Refused(place, why, raw.payload)
+
+
+def records(path: str) -> Iterator[tuple[int, readers.Raw]]:
+    """The records of a file, or of all files of a directory or a pattern, with their numbers, from 1."""
     before = 0
     for file in io.expand([path]):
         if Path(file).suffix == ".txt":
@@ -91,10 +100,7 @@ def _of_files(path: str) -> Iterator[Prompt | Refused]:
         last = 0
         for raw in found:
             last = raw.position
-            try:
-                yield _prompt(raw, before + raw.position)
-            except Reject as why:
-                yield Refused(before + raw.position, why, raw.payload)
+            yield before + raw.position, raw
         before += last
 
 

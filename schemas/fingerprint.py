@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,13 @@ def differences(reference: Fingerprint, here: Fingerprint) -> list[str]:
         if before[name] != now[name] and None not in (before[name], now[name]):
             found.append(f"{name}'s version ({before[name]} for the reference, {now[name]} here)")
     return found
+
+
+def copy_tokenizer(model_dir: Path, where: Path) -> None:
+    """The tokenizer's files and the chat template, byte for byte."""
+    for file in model_dir.iterdir():
+        if file.name in (*TOKENIZER_FILES, TEMPLATE_FILE) or file.suffix == ".tiktoken":
+            shutil.copyfile(file, where / file.name)
 
 
 def _weights(where: Path) -> str:

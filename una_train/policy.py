@@ -13,7 +13,6 @@ import importlib.util
 import json
 import logging
 import re
-import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from jaxtyping import Float32, Float64
 from torch import Tensor, nn
 
 from schemas.errors import UsageError, UserError
-from schemas.fingerprint import TEMPLATE_FILE, TOKENIZER_FILES
+from schemas.fingerprint import copy_tokenizer
 from scoring import packing
 from scoring.logps import linear_logps
 from scoring.models import after_head, decoder_of, soft_capped_attention
@@ -305,13 +304,6 @@ def save(path: Path, policy: Any, weights: dict[str, Tensor], model: str, model_
             facts = json.loads((temp / "config.json").read_text("utf-8"))
             (temp / "config.json").write_text(json.dumps({**facts, "dtype": config.dtype}, indent=2) + "\n", "utf-8")
         copy_tokenizer(model_dir, temp)
-
-
-def copy_tokenizer(model_dir: Path, where: Path) -> None:
-    """The tokenizer's files and the chat template, byte for byte."""
-    for file in model_dir.iterdir():
-        if file.name in (*TOKENIZER_FILES, TEMPLATE_FILE) or file.suffix == ".tiktoken":
-            shutil.copyfile(file, where / file.name)
 
 
 def _merged(policy: Any, weights: dict[str, Tensor], model_dir: Path, config: Config) -> tuple[Any, dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""`una report DIR`: a dataset or a training run as one HTML file that works offline.
+"""`una report DIR`: a dataset, a training run or an evaluation as one HTML file that works offline.
 
 Reads what the other stages and the trainer wrote, changes nothing, and imports neither Beam nor torch.
 A page is a dict of plain values (see page.py); report.html lays it out, escapes it and runs no scripts.
@@ -11,6 +11,8 @@ from typing import Any
 
 from pipelines import io
 from pipelines.report.dataset import dataset_page
+from pipelines.report.evaluation import FILE as EVALUATION
+from pipelines.report.evaluation import evaluation_page
 from pipelines.report.page import Page, cut, shown
 from pipelines.report.run import run_page
 from schemas.errors import UsageError, UserError
@@ -20,7 +22,7 @@ from schemas.manifest import NAME
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `una report`."""
-    parser.add_argument("directory", help="a dataset or training-run directory")
+    parser.add_argument("directory", help="the directory of a dataset, a training run or an evaluation")
     parser.add_argument("--output", metavar="FILE.html", help="where to write (default: DIR/report.html)")
 
 
@@ -44,11 +46,14 @@ def build(where: str | Path) -> Page:
         raise UserError(f"{where}: {'is a file, not a directory' if directory.exists() else 'no such directory'}")
     if (directory / "run.json").is_file() or (directory / "metrics.jsonl").is_file():
         return run_page(directory)
+    if (directory / EVALUATION).is_file():
+        return evaluation_page(directory)
     if (directory / NAME).is_file():
         return dataset_page(str(directory))
     raise UserError(
-        f"{where}: neither a dataset (no {NAME}) nor a training run (no run.json, no metrics.jsonl); "
-        "run `una ingest` or `una train` first, or name the directory that one of them wrote"
+        f"{where}: neither a dataset (no {NAME}) nor a training run (no run.json, no metrics.jsonl) nor an evaluation "
+        f"(no {EVALUATION}); run `una ingest`, `una train` or `una eval` first, or name the directory that one of them "
+        "wrote"
     )
 
 

@@ -4,7 +4,7 @@ import base64
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ def chart(title: str, panels: list[Panel]) -> Block:
         return {}
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     columns, rows = min(len(panels), 2), math.ceil(len(panels) / 2)
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
@@ -50,8 +51,9 @@ def chart(title: str, panels: list[Panel]) -> Block:
         for i, draw in enumerate(panels, 1):
             axis = figure.add_subplot(rows, columns, i)
             draw(axis)
-            axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.10g}")
-            axis.yaxis.set_major_formatter(lambda y, _: f"{y:,.10g}")
+            for one in (axis.xaxis, axis.yaxis):
+                if not isinstance(one.get_major_formatter(), FuncFormatter):  # which names are
+                    one.set_major_formatter(lambda value, _: f"{value:,.10g}")
         _legend(figure)
         return {"kind": "chart", "title": title, "src": _svg(figure)}
 
@@ -122,6 +124,24 @@ def curves(entries: Iterable[Curve], **axes: Any) -> Panel:
                 axis.plot(steps[thin], values[thin], color=colour, alpha=0.25, linewidth=0.8)
                 axis.plot(*smooth(steps, values), color=colour, linewidth=1.8, label=name)
         axis.set(xlabel="step", **axes)
+
+    return draw
+
+
+def intervals(
+    entries: Sequence[tuple[str, Mapping[str, float], str]], middle: float | None = None, **axes: Any
+) -> Panel:
+    """Names with `value`, `low` and `high` and their colours, one below the other; `middle` is marked."""
+
+    def draw(axis: Any) -> None:
+        for i, (_, of, colour) in enumerate(entries):
+            apart = [[max(0, of["value"] - of["low"])], [max(0, of["high"] - of["value"])]]
+            axis.errorbar(of["value"], i, xerr=apart, fmt="o", color=colour, capsize=4, linewidth=1.6)
+        if middle is not None:
+            axis.axvline(middle, **DASHED)
+        axis.set_yticks(range(len(entries)), [label(name) for name, *_ in entries])
+        axis.grid(axis="y", visible=False)
+        axis.set(ylim=(len(entries) - 0.4, -0.6), **axes)
 
     return draw
 

@@ -1,0 +1,131 @@
+"""What models are asked: questions from a file of prompts, or from the held-out rows of a dataset; and outputs of a
+model that was asked elsewhere.
+
+A question may have several user turns (MT-Bench's `turns`), each asked after the model's own answer to the one before.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipelines import dataset, io, prompts, readers
+from pipelines.converters import messages
+from pipelines.labellers.rows import ABOUT, BEFORE, metadata_of
+from schemas import feedback
+from schemas.errors import Reject, UserError
+from schemas.feedback import Message
+
+PROMPTS = ("prompt", "messages", "conversations", "turns", "instruction", "question")
+RESPONSES = ("response", "output", "completion")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation up to its first answer, and the user turns that follow."""
+
+    opening: list[Message]
+    later: tuple[str, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return feedback.prompt_id([*self.opening, *(Message(role="user", content=turn) for turn in self.later)])
+
+    def about(self, turn: int) -> dict[str, Any]:
+        """The metadata for a turn: of a `reference` for each turn, its own."""
+        given = self.metadata.get("reference")
+        if isinstance(given, list) and len(given) == 1 + len(self.later):
+            return {**self.metadata, "reference": given[turn]}
+        return self.metadata
+
+
+def read(path: str, split: str | None = None, limit: int | None = None) -> tuple[list[Question], list[prompts.Refused]]:
+    """The questions of a file or of a dataset directory, each once, and the records that hold none.
+
+    Of a dataset it is the split asked for, else `test`, else all of it. `UserError` where there is no question.
+    """
+    found, refused = list[Question](), list[prompts.Refused]()
+    if prompts.is_dataset(path):
+        found = list(_of_dataset(path.rstrip("/"), split))
+    for place, raw in () if prompts.is_dataset(path) else prompts.records(path):
+        try:
+            found.append(question(_record(raw)))
+        except Reject as why:
+            refused.append(prompts.Refused(place, why, raw.payload))
+    questions = list({question.id: question for question in reversed(found)}.values())[::-1]
+    if not questions:
+        first = refused[0] if refused else None
+        said = f", record {first.place}: {first.why.reason} ({first.why.detail})" if first else ""
+        raise UserError(f"{path}: no prompt in it{said}; a record needs one of {', '.join(PROMPTS)}")
+    return questions[:limit], refused
+
+
+def split_of(path: str, asked: str | None) -> str | None:
+    """The split of a dataset that is meant: the one asked for, else `test`, else None, which is all of it."""
+    splits = dataset.read_manifest(path).splits
+    if asked and asked not in splits:
+        raise UserError(f"{path}: no split {asked!r}, only {', '.join(splits)}; name one with --split")
+    return asked or ("test" if "test" in splits else None)
+
+
+def rows_of(path: str, split: str | None, columns: list[str]) -> list[dict[str, Any]]:
+    """The rows of that split."""
+    chosen, rows = split_of(path, split), list[dict[str, Any]]()
+    for file in dataset.data_files(path, dataset.read_manifest(path)):
+        if chosen is None or io.name(file).startswith(f"{chosen}-"):
+            with io.open_parquet(file) as parquet:
+                rows += parquet.read(columns=columns).to_pylist()
+    return rows
+
+
+def _of_dataset(path: str, split: str | None) -> Iterator[Question]:
+    for row in rows_of(path, split, ["prompt", "metadata"]):
+        about = {k: v for k, v in metadata_of(row["metadata"]).items() if k not in (BEFORE, ABOUT, "sampled")}
+        yield Question(row["prompt"], (), about)
+
+
+def _record(raw: readers.Raw) -> dict[str, Any]:
+    if isinstance(raw.value, Reject):
+        raise raw.value
+    if isinstance(raw.value, str):  # a JSON array of texts
+        return {"prompt": raw.value}
+    return messages.structure(raw.value, "the record")
+
+
+def question(record: dict[str, Any]) -> Question:
+    """The question of a record; `Reject` when it has none."""
+    name = next((name for name in PROMPTS if record.get(name) is not None), None)
+    if name is None:
+        raise Reject("missing_field", f"none of {', '.join(PROMPTS)} is there, only {', '.join(record) or 'nothing'}")
+    metadata = {key: value for key, value in record.items() if key not in (name, *messages.SYSTEM)}
+    if name == "turns":
+        turns = [messages.text(turn, "turns") for turn in messages.listed(record[name], "turns")]
+        opening = [Message(role="user", content=turn) for turn in turns[:1]]
+        later = tuple(turns[1:])
+    else:
+        value = record[name]
+        if isinstance(value, str) and value.lstrip().startswith("[{"):  # a table's cell
+            value = messages.listed(value, name)
+        if name == "instruction" and (given := record.get("input")):
+            value = "\n".join(messages.text(one, name) for one in (value, given))
+        opening, later = messages.conversation(value, name), ()
+        while opening and opening[-1]["role"] == "assistant":  # what was answered then
+            opening = opening[:-1]
+    opening = messages.with_system(record, opening)
+    for asked in (opening, *([Message(role="user", content=turn)] for turn in later)):
+        prompts.check(asked)
+    return Question(opening, later, metadata)
+
+
+def outputs(path: str) -> dict[str, list[str]]:
+    """Responses that a model gave elsewhere, by their question's id; `UserError` for a record without one."""
+    found: dict[str, list[str]] = {}
+    for place, raw in prompts.records(path):
+        try:
+            record = _record(raw)
+            name = next((name for name in RESPONSES if record.get(name) is not None), "response")
+            response = messages.text(messages.needed(record, name), name)
+            found.setdefault(question(record).id, []).append(response)
+        except Reject as no:
+            raise UserError(f"{path}: record {place}: {no.reason} ({no.detail})") from None
+    return found
