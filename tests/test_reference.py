@@ -315,7 +315,7 @@ def test_rows_with_tokens_that_the_model_has_not_are_rejected(tiny_model):
     renderer.setup()
     message = [{"role": "user", "content": "a"}]
     with pytest.raises(Reject) as no:
-        renderer._ids(message, "{}~")
+        renderer._ids(message, "{}~", None)
     assert no.value.reason == "unknown_token"
 
 

@@ -36,8 +36,8 @@ def test_a_server_gives_what_a_plain_loop_gives(vllm_server, tiny_model, monkeyp
         client(url, server_key_env="NOT_SET")
     with pytest.raises(UserError, match=r"serves tiny, not 'other'"):
         client(url, server_key_env="OF_SERVER", server_model="other")
-    with pytest.raises(UserError, match="takes 2048 tokens; give --max-length 2047"):
-        client(url, server_key_env="OF_SERVER", max_length=2048)
+    with pytest.raises(UserError, match="takes 8192 tokens; give --max-length 8191"):
+        client(url, server_key_env="OF_SERVER", max_length=8192)
 
 
 class Liar(BaseHTTPRequestHandler):

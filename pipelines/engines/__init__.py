@@ -57,7 +57,8 @@ class Engine(Protocol):
 
 def load(name: str, model: str, *, dtype: str, batch_tokens: int | None, max_length: int, **options: Any) -> Engine:
     """Load an engine by name; `max_length` is the longest prompt plus response it must take, in tokens."""
-    model = str(models.local(model))
+    if name != "server":  # which has the model itself
+        model = str(models.local(model))
     if (copies := options.pop("data_parallel", 1)) > 1:
         from pipelines.engines.replicas import Replicas
 
