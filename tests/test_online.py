@@ -482,12 +482,16 @@ def test_rounds_sampled_by_vllm_have_the_policys_weights_and_survive_its_death(
     asked, tiny_model, vowels, tmp_path, caplog, monkeypatch, more
 ):
     pytest.importorskip("vllm")
-    from test_sampling import kill_engine
+    from test_sampling import cores, kill_engine
 
-    forget = online.Sampling.forget
-    monkeypatch.setattr(
-        online.Sampling, "forget", lambda self, number: (kill_engine() if number == 2 else None, forget(self, number))
-    )
+    forget, others = online.Sampling.forget, cores()
+
+    def killed(self, number):
+        if number == 2:
+            kill_engine(others)
+        forget(self, number)
+
+    monkeypatch.setattr(online.Sampling, "forget", killed)
     una_online(asked, tiny_model, vowels, tmp_path / "run", ["engine=vllm", "rounds=3", "batch_size=12", *more])
     assert "starting it again" in caplog.text
     for line in lines(tmp_path / "run"):  # log π_θ of the trainer, before its step, is that of the engine

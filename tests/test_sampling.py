@@ -166,7 +166,7 @@ def sampled_from(sampler, model, others=()):
 def test_vllm_samples_from_new_weights_without_a_restart_and_says_when_it_is_gone(tiny_model):
     pytest.importorskip("vllm")
     other = other_weights(tiny_model, 7)
-    old, new = network(tiny_model), network(other)
+    old, new, others = network(tiny_model), network(other), cores()
     sampler = engines.load_sampler(
         "vllm", str(tiny_model), dtype="float32", batch_tokens=2048, max_length=256, end_of_turn=1
     )
@@ -177,18 +177,24 @@ def test_vllm_samples_from_new_weights_without_a_restart_and_says_when_it_is_gon
     sampled_from(sampler, new, [old])
     sampler.update(tiny_model)
     sampled_from(sampler, old, [new])
-    kill_engine()
+    kill_engine(others)
     with pytest.raises(EngineDied):
         sampler.sample(some_prompts(), n=2, max_new_tokens=8, seeds=range(7), **FREE)
     sampler.close()
 
 
-def kill_engine():
+def cores():
+    """The processes of all vLLM engines that this one started."""
     import psutil
 
-    cores = [p for p in psutil.Process().children(recursive=True) if "EngineCore" in " ".join([*p.cmdline(), p.name()])]
-    assert cores
-    for core in cores:
+    return {p for p in psutil.Process().children(recursive=True) if "EngineCore" in " ".join([*p.cmdline(), p.name()])}
+
+
+def kill_engine(others):
+    """Kill the engine that was started since `others` were all there are."""
+    found = cores() - others
+    assert found
+    for core in found:
         core.kill()
 
 
