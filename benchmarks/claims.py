@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "claims_results.jsonl"
 SEEDS = range(5)
 GRID_SEED = 100
-LEARNING_RATES, BETAS = (1e-3, 3e-4), (0.1, 0.3, 1.0, 0.03)
+LEARNING_RATES, BETAS = (1e-3, 3e-4), (0.2, 0.05, 0.8)
 NEAR = 2.0  # nats per note
 FEW = ("dpo", "binary_bce", "score_mse", "score_group_mean")
 LIKE = {"dpo_2x": "dpo"}  # takes what was found for another method
@@ -77,7 +77,8 @@ def run(study: str, work: Path, share: int, of: int) -> None:
         subprocess.run(again, env=os.environ | {"PYTHONPATH": path}, check=True)
         return
     torch.set_num_threads(1)
-    base = offline.base_model(work / "base")
+    weak = study == "weak_base"
+    base = offline.base_model(work / "weak", notes=12_000) if weak else offline.base_model(work / "base")
     for number, cell in enumerate(STUDIES[study]()):
         if number % of != share or cell.key in done():
             continue
@@ -145,11 +146,13 @@ def conditions() -> Iterator[Any]:
         yield Cell("conditions", method, seed, **tuned(method), **changes)
 
 
-def betas() -> Iterator[Any]:
-    from claims_offline import Cell
+def weak_base() -> Iterator[Any]:
+    """A part of the grid on a base model that was pretrained on a third of the notes, and has learned less."""
+    from claims_offline import METHODS, Cell
 
-    for seed, beta, method in product(SEEDS, BETAS, FEW):
-        yield Cell("betas", method, seed, tuned(method)["learning_rate"], beta)
+    for beta, method in product((0.1, 0.3, 1.0), METHODS):
+        if method not in LIKE:
+            yield Cell("weak_base", method, GRID_SEED, 1e-3, beta)
 
 
 def paper() -> Iterator[Any]:
@@ -169,6 +172,8 @@ def trl() -> Iterator[Any]:
 
 
 def online(study: str, methods: tuple[str, ...]) -> Callable[[], Iterator[Any]]:
+    """`online_grid` tunes the learning rate with the true reward; `true` and `proxy` are the rewards trained on."""
+
     def cells() -> Iterator[Any]:
         from claims_online import Online
 
@@ -176,8 +181,8 @@ def online(study: str, methods: tuple[str, ...]) -> Callable[[], Iterator[Any]]:
             for rate, method in product(ONLINE_RATES, methods):
                 yield Online(study, method, GRID_SEED, rate, ONLINE_BETAS[method])
         else:
-            for reward, seed, method in product(("true", "proxy"), SEEDS, methods):
-                yield Online(study, method, seed, **tuned(method, "online_grid"), reward=reward)
+            for seed, method in product(SEEDS, methods):
+                yield Online(study, method, seed, **tuned(method, "online_grid"), reward=study)
 
     return cells
 
@@ -198,13 +203,14 @@ def cost(methods: tuple[str, ...]) -> Callable[[], Iterator[Any]]:
 
 ONLINE_RATES = (1e-3, 3e-3, 3e-4)
 ONLINE_BETAS = {"una": 0.1, "una_none": 0.1, "rloo": 0.05, "grpo": 0.05, "ppo": 0.05, "ppo_1": 0.05}  # TRL's own
-HERE_NOW, PPO = ("una", "una_none", "rloo", "grpo"), ("ppo", "ppo_1")
+HERE_NOW, PPO = ("una", "una_none", "rloo", "grpo"), ("ppo",)
 STUDIES: dict[str, Callable[[], Iterator[Any]]] = {
     "grid": grid, "main": main_study, "matched": matched, "trl": trl,
-    "paper": paper, "conditions": conditions, "betas": betas,
-    "cost": cost(HERE_NOW), "cost_ppo": cost(PPO),
+    "paper": paper, "conditions": conditions, "weak_base": weak_base,
+    "cost": cost(("una", "rloo", "grpo")), "cost_ppo": cost(("ppo", "ppo_1")),
     "online_grid": online("online_grid", HERE_NOW), "online_grid_ppo": online("online_grid", PPO),
-    "online": online("online", HERE_NOW), "online_ppo": online("online", PPO),
+    "true": online("true", HERE_NOW), "true_ppo": online("true", PPO),
+    "proxy": online("proxy", HERE_NOW), "proxy_ppo": online("proxy", PPO),
 }  # fmt: skip
 
 
@@ -213,7 +219,7 @@ def runner(study: str) -> Callable[..., dict[str, Any]]:
         import claims_peers
 
         return claims_peers.run
-    if study.startswith(("online", "cost")):
+    if study.partition("_")[0] in ("online", "cost", "true", "proxy"):
         import claims_online
 
         return claims_online.run

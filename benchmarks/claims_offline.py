@@ -71,9 +71,6 @@ METHODS = {
     "score_learned": Method(SCORE, ("loss.scalar=una_mse", "offset.scalar=learned")),
     "score_ref_quantile": Method(SCORE, ("loss.scalar=qrpo",)),
     "mixed": Method(TREATED, ("loss.scalar=una_mse", "loss.binary=una_bce")),
-    "mixed_ema": Method(
-        TREATED, ("loss.scalar=una_mse", "loss.binary=una_bce", "offset.scalar=ema", "offset.binary=ema")
-    ),
     "uft": Method(("demonstration",)),
     "mixed_uft": Method(SINGLE, ("loss.scalar=una_mse", "loss.binary=una_bce")),
 }
@@ -99,8 +96,8 @@ class Cell:
 
 def run(cell: Cell, base: Path, work: Path) -> dict[str, Any]:
     """Train a cell and sample its policy: true reward and KL, and what it took."""
-    validating = cell.study == "grid"
-    rows = dataset(cell, base, work / "datasets")
+    validating = cell.study in ("grid", "weak_base")
+    rows = dataset(cell, base)
     with tempfile.TemporaryDirectory() as where:
         began = time.process_time()
         steps = train(cell, rows, base, Path(where) / "run")
@@ -110,10 +107,10 @@ def run(cell: Cell, base: Path, work: Path) -> dict[str, Any]:
     return {"points": [point], "train_cpu_s": round(seconds, 2)}
 
 
-def base_model(directory: Path) -> Path:
+def base_model(directory: Path, notes: int = 36_000) -> Path:
     """A model of 0.17 million parameters, pretrained from scratch on notes of any quality."""
     if not (directory / "finished").exists():
-        demo.train_base_model(directory, WORLD_SEED, lr=6e-3, hidden=64, layers=2)
+        demo.train_base_model(directory, WORLD_SEED, n=notes, lr=6e-3, hidden=64, layers=2)
         (directory / "finished").touch()
     demo.disable_progress_bar()
     return directory
@@ -169,11 +166,11 @@ def rows_of(cell: Cell) -> list[feedback.Row]:
     return rows
 
 
-def dataset(cell: Cell, base: Path, cache: Path) -> Path:
-    """The cell's dataset, made once for all cells with the same rows."""
+def dataset(cell: Cell, base: Path) -> Path:
+    """The cell's dataset, made once for all cells with the same rows, beside the base model."""
     method = METHODS[cell.method]
     parts = (*method.kinds, method.times, cell.seed, cell.per_prompt, cell.noise, cell.lenient)
-    out = cache / "-".join(map(str, parts))
+    out = base.with_name(f"{base.name}-datasets") / "-".join(map(str, parts))
     if not (out / "manifest.json").exists():
         temporary = out.with_name(f"{out.name}.{os.getpid()}")
         write_dataset(cell, base, temporary)

@@ -164,6 +164,7 @@ def trained(cell: Online, base: Path, where: Path) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
+    torch.manual_seed(cell.seed)  # PPO's value head is drawn before its trainer sets the seed
     trainer = {"una": una, "una_none": una, "rloo": policy_gradient, "grpo": policy_gradient}.get(cell.method, ppo)
     prompts = world.prompts(0)[0]
     random.Random(cell.seed).shuffle(prompts)

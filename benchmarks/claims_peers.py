@@ -28,7 +28,7 @@ TARGETS = {"dpo": "trl-preference", "kto": "trl-kto"}
 def run(cell: offline.Cell, base: Path, work: Path) -> dict[str, Any]:
     disable_progress_bars()
     with tempfile.TemporaryDirectory() as where:
-        rows = exported(cell, offline.dataset(cell, base, work / "datasets"), Path(where) / "rows.parquet")
+        rows = exported(cell, offline.dataset(cell, base), Path(where) / "rows.parquet")
         began = time.process_time()
         trainer = build(cell, base, rows, where)
         trainer.train()

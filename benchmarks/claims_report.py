@@ -8,6 +8,7 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ NAMES = {
     "score_ref_quantile": "UNA-score (qrpo), offset ref_quantile",
     "score_learned": "UNA-score, offset learned",
     "mixed": "mixed: pairs, thumbs, scores",
-    "mixed_ema": "mixed, offset ema",
     "uft": "UFT (demonstrations)",
     "mixed_uft": "mixed and demonstrations",
     "una": "UNA, offset group_mean",
@@ -122,8 +122,8 @@ def main_table(lines: list[Line]) -> str:
     return table(["method", "rate", "β", "true reward", "KL", f"… tuned within KL {NEAR:g}", "KL"], rows)
 
 
-def grid_table(lines: list[Line]) -> str:
-    found = of_study(lines, "grid")
+def grid_table(lines: list[Line], study: str = "grid") -> str:
+    found = of_study(lines, study)
     cells = sorted({(r["cell"]["learning_rate"], r["cell"]["beta"]) for r in found})
     of = {(method(r), r["cell"]["learning_rate"], r["cell"]["beta"]): r for r in found}
     rows = [
@@ -189,7 +189,7 @@ def conditions_table(lines: list[Line]) -> str:
 def online_table(lines: list[Line]) -> str:
     rows = []
     for reward in ("true", "proxy"):
-        found = by([r for r in of_study(lines, "online", "online_ppo") if r["cell"]["reward"] == reward], method)
+        found = by(of_study(lines, reward), method)
         for m in sorted(found, key=list(NAMES).index):
             runs = found[m]
             ends = [last(r) for r in runs]
@@ -206,7 +206,7 @@ def online_table(lines: list[Line]) -> str:
 
 
 def cost_table(lines: list[Line]) -> str:
-    found = of_study(lines, "cost", "cost_ppo")
+    found = of_study(lines, "cost")
     time, memory = ({method(r): r for r in found if r["cell"]["rounds"] == n} for n in (3, 1))
     if not time:
         return ""
@@ -229,7 +229,8 @@ def spent_table(lines: list[Line]) -> str:
 
 
 TABLES = {
-    "main": main_table, "grid": grid_table, "trl": trl_table, "paper": paper_table, "conditions": conditions_table,
+    "main": main_table, "grid": grid_table, "weak": partial(grid_table, study="weak_base"), "trl": trl_table,
+    "paper": paper_table, "conditions": conditions_table,
     "online": online_table, "cost": cost_table, "spent": spent_table,
 }  # fmt: skip
 
@@ -285,7 +286,7 @@ def online_plot(lines: list[Line]) -> Any:
     """True reward of each round's notes against notes sampled, and against CPU seconds."""
     figure, sides = plt.subplots(2, 2, figsize=(8, 5.6), sharey="row")
     for row, reward in zip(sides, ("true", "proxy"), strict=True):
-        found = by([r for r in of_study(lines, "online", "online_ppo") if r["cell"]["reward"] == reward], method)
+        found = by(of_study(lines, reward), method)
         for m in sorted(found, key=list(NAMES).index):
             curves = [[one["true"] for one in r["rounds"]] for r in found[m]]
             middle = [statistics.mean(values) for values in zip(*curves, strict=True)]
