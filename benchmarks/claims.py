@@ -32,8 +32,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "claims_results.jsonl"
 SEEDS = range(5)
 GRID_SEED = 100
-LEARNING_RATES, BETAS = (1e-3, 3e-4), (0.2, 0.05, 0.8)
-NEAR = 2.0  # nats per note
+GRID = ((1e-3, 0.2), (1e-3, 0.05), (1e-3, 0.8), (3e-4, 0.05), (3e-3, 0.2))  # learning rate, β
+NEAR = 2.5  # nats per note
 FEW = ("dpo", "binary_bce", "score_mse", "score_group_mean")
 LIKE = {"dpo_2x": "dpo"}  # takes what was found for another method
 CONDITIONS: dict[str, dict[str, Any]] = {
@@ -44,7 +44,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "10 notes of a prompt": {"per_prompt": 10},
 }
 PAPER_BETAS = {"dpo": 0.03, "binary_mse": 0.01, "binary_bce": 0.01, "score_mse": 0.03}
-PAPER_RATES = {"all 1×": (1, 1), "scores 6×": (1, 6), "all 6×": (6, 6)}  # of the others, of scores
+LOW_RATE = 2e-4
 
 
 def main() -> None:
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "render"])
     parser.add_argument("--study", nargs="+", choices=list(STUDIES), help="of `run`: only these")
     parser.add_argument("--share", default="0/1", metavar="I/N", help="of `run`: every N-th cell, from the I-th")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of `run`: only so many, before others")
     parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="base model and datasets")
     args = parser.parse_args()
     if args.what == "render":
@@ -61,10 +62,10 @@ def main() -> None:
         return
     i, n = map(int, args.share.split("/"))
     for study in args.study or STUDIES:
-        run(study, args.work, i, n)
+        run(study, args.work, i, n, args.seeds)
 
 
-def run(study: str, work: Path, share: int, of: int) -> None:
+def run(study: str, work: Path, share: int, of: int, seeds: int) -> None:
     """Every cell of a study that is not among the results yet."""
     import claims_offline as offline
     import claims_online
@@ -74,13 +75,14 @@ def run(study: str, work: Path, share: int, of: int) -> None:
         packages = claims_online.ppo_packages(work)
         path = f"{packages}:{os.environ.get('PYTHONPATH') or HERE.parent}"
         again = [sys.executable, __file__, "run", "--study", study, "--work", str(work), "--share", f"{share}/{of}"]
+        again += ["--seeds", str(seeds)]
         subprocess.run(again, env=os.environ | {"PYTHONPATH": path}, check=True)
         return
     torch.set_num_threads(1)
     weak = study == "weak_base"
     base = offline.base_model(work / "weak", notes=12_000) if weak else offline.base_model(work / "base")
     for number, cell in enumerate(STUDIES[study]()):
-        if number % of != share or cell.key in done():
+        if number % of != share or cell.key in done() or seeds <= cell.seed != GRID_SEED:
             continue
         began = time.process_time(), time.perf_counter()
         found = runner(study)(cell, base, work)
@@ -106,7 +108,7 @@ def done() -> set[str]:
 def grid() -> Iterator[Any]:
     from claims_offline import METHODS, Cell
 
-    for rate, beta, method in product(LEARNING_RATES, BETAS, METHODS):
+    for (rate, beta), method in product(GRID, METHODS):
         if method not in LIKE:
             yield Cell("grid", method, GRID_SEED, rate, beta)
 
@@ -115,7 +117,7 @@ def tuned(method: str, study: str = "grid", most_kl: float = math.inf) -> dict[s
     """Learning rate and β with the highest true reward on the validation prompts; None when all exceed the KL."""
     method = LIKE.get(method, method)
     found = [r for r in results() if r["cell"]["study"] == study and r["cell"]["method"] == method]
-    if len(found) < (len(LEARNING_RATES) * len(BETAS) if study == "grid" else len(ONLINE_RATES)):
+    if len(found) < (len(GRID) if study == "grid" else len(ONLINE_RATES)):
         raise SystemExit(f"{method}: {study} has {len(found)} cells so far; run `--study {study}` to its end first")
     within = [r for r in found if r["points"] and r["points"][-1]["kl"] <= most_kl]
     best = max(within, key=lambda r: r["points"][-1]["reward"], default=None)
@@ -142,7 +144,7 @@ def matched() -> Iterator[Any]:
 def conditions() -> Iterator[Any]:
     from claims_offline import Cell
 
-    for seed, (_, changes), method in product(SEEDS, CONDITIONS.items(), FEW):
+    for seed, changes, method in product(SEEDS[:3], CONDITIONS.values(), FEW):
         yield Cell("conditions", method, seed, **tuned(method), **changes)
 
 
@@ -159,15 +161,14 @@ def paper() -> Iterator[Any]:
     """The paper's β, and a learning rate that is the same for all or six times as large for scores."""
     from claims_offline import Cell
 
-    low = LEARNING_RATES[0] / 2
-    for seed, times, (method, beta) in product(SEEDS, (1, 6), PAPER_BETAS.items()):
-        yield Cell("paper", method, seed, low * times, beta)
+    for seed, rate, (method, beta) in product(SEEDS, (LOW_RATE, 6 * LOW_RATE), PAPER_BETAS.items()):
+        yield Cell("paper", method, seed, rate, beta)
 
 
 def trl() -> Iterator[Any]:
     from claims_offline import Cell
 
-    for seed, method in product(SEEDS, ("dpo", "kto")):
+    for seed, method in product(SEEDS[:3], ("dpo", "kto")):
         yield Cell("trl", method, seed, **tuned(method))
 
 
@@ -201,7 +202,7 @@ def cost(methods: tuple[str, ...]) -> Callable[[], Iterator[Any]]:
     return cells
 
 
-ONLINE_RATES = (1e-3, 3e-3, 3e-4)
+ONLINE_RATES = (1e-3, 3e-4, 6e-4)
 ONLINE_BETAS = {"una": 0.1, "una_none": 0.1, "rloo": 0.05, "grpo": 0.05, "ppo": 0.05, "ppo_1": 0.05}  # TRL's own
 HERE_NOW, PPO = ("una", "una_none", "rloo", "grpo"), ("ppo",)
 STUDIES: dict[str, Callable[[], Iterator[Any]]] = {

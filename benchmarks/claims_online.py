@@ -55,7 +55,7 @@ class Online:
     learning_rate: float
     beta: float
     reward: str = "true"
-    rounds: int = 15
+    rounds: int = 10
     hidden: int = 0  # of a model with random weights in place of the base model
     layers: int = 0
 

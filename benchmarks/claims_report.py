@@ -70,6 +70,19 @@ def of_study(lines: Iterable[Line], *studies: str) -> list[Line]:
     return [line for line in lines if line["cell"]["study"] in studies]
 
 
+def main_runs(lines: Iterable[Line]) -> dict[str, list[Line]]:
+    """The reported runs of each method: those with what the grid found in the end."""
+    found = by(of_study(lines, "main"), method)
+    best = {m: tuned(m) for m in found}
+    return {m: [r for r in runs if best[m].items() <= r["cell"].items()] for m, runs in found.items()}
+
+
+def online_runs(lines: Iterable[Line], reward: str) -> dict[str, list[Line]]:
+    found = by(of_study(lines, reward), method)
+    best = {m: tuned(m, "online_grid") for m in found}
+    return {m: [r for r in runs if best[m].items() <= r["cell"].items()] for m, runs in found.items()}
+
+
 def by(lines: Iterable[Line], key: Callable[[Line], Any]) -> dict[Any, list[Line]]:
     out: dict[Any, list[Line]] = defaultdict(list)
     for line in lines:
@@ -106,7 +119,7 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def main_table(lines: list[Line]) -> str:
-    best, near = by(of_study(lines, "main"), method), by(of_study(lines, "matched"), method)
+    best, near = main_runs(lines), by(of_study(lines, "matched"), method)
     rows = []
     for name in sorted(best, key=lambda m: -statistics.mean(map(last, best[m]))):
         chosen = best[name][0]["cell"]
@@ -137,7 +150,7 @@ def grid_table(lines: list[Line], study: str = "grid") -> str:
 def trl_table(lines: list[Line]) -> str:
     rows = []
     for name in ("dpo", "kto"):
-        ours = {r["cell"]["seed"]: r for r in of_study(lines, "main") if method(r) == name}
+        ours = {r["cell"]["seed"]: r for r in main_runs(lines)[name]}
         theirs = {r["cell"]["seed"]: r for r in of_study(lines, "trl") if method(r) == name}
         seeds = sorted(ours.keys() & theirs.keys())
         first = {round(theirs[s]["first_loss"], 4) for s in seeds}
@@ -176,7 +189,7 @@ def condition_of(line: Line) -> str:
 
 def conditions_table(lines: list[Line]) -> str:
     found = by(of_study(lines, "conditions"), lambda r: (method(r), condition_of(r)))
-    of_main = by(of_study(lines, "main"), method)
+    of_main = main_runs(lines)
     methods = sorted({m for m, _ in found}, key=list(NAMES).index)
     names = ["as above", *CONDITIONS]
     rows = [
@@ -189,7 +202,7 @@ def conditions_table(lines: list[Line]) -> str:
 def online_table(lines: list[Line]) -> str:
     rows = []
     for reward in ("true", "proxy"):
-        found = by(of_study(lines, reward), method)
+        found = online_runs(lines, reward)
         for m in sorted(found, key=list(NAMES).index):
             runs = found[m]
             ends = [last(r) for r in runs]
@@ -247,18 +260,24 @@ def group(name: str) -> str:
     return of.get(name, "mixed" if name.startswith("mixed") else "thumbs")
 
 
+def frontier(lines: list[Line]) -> dict[tuple[str, str], list[Line]]:
+    near = by(of_study(lines, "matched"), method)
+    return {("main", m): runs for m, runs in main_runs(lines).items()} | {("near", m): runs for m, runs in near.items()}
+
+
 def frontier_plot(lines: list[Line]) -> Any:
     """True reward against KL: the grid's cells faint, means over seeds with names."""
-    figure, axes = plt.subplots(figsize=(8, 5))
+    figure, axes = plt.subplots(figsize=(8, 6))
     for line in of_study(lines, "grid"):
         axes.scatter(kl(line) + 0.05, last(line), s=14, alpha=0.35, color=GROUPS[group(method(line))], linewidths=0)
     for label, color in GROUPS.items():
         axes.scatter([], [], color=color, label=label)
-    for (_, name), of in by(of_study(lines, "main", "matched"), lambda r: (r["cell"]["study"], method(r))).items():
+    for (_, name), of in frontier(lines).items():
         x, y = statistics.mean(map(kl, of)) + 0.05, statistics.mean(map(last, of))
         axes.errorbar(x, y, yerr=se([last(r) for r in of]), fmt="o", ms=5, color=GROUPS[group(name)])
         axes.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6.5)
     axes.set(xscale="log", xlabel="KL from the base model, nats per note (+0.05)", ylabel="true reward, held out")
+    axes.set_ylim(0.5, None)
     axes.axhline(BASE_REWARD, color="grey", lw=0.8, ls=":")
     axes.legend(frameon=False)
     return figure
@@ -267,7 +286,7 @@ def frontier_plot(lines: list[Line]) -> Any:
 def conditions_plot(lines: list[Line]) -> Any:
     figure, axes = plt.subplots(figsize=(8, 3.6))
     found = by(of_study(lines, "conditions"), lambda r: (method(r), condition_of(r)))
-    of_main = by(of_study(lines, "main"), method)
+    of_main = main_runs(lines)
     names = ["as above", *CONDITIONS]
     methods = sorted({m for m, _ in found}, key=list(NAMES).index)
     for i, m in enumerate(methods):
@@ -284,9 +303,10 @@ def conditions_plot(lines: list[Line]) -> Any:
 
 def online_plot(lines: list[Line]) -> Any:
     """True reward of each round's notes against notes sampled, and against CPU seconds."""
-    figure, sides = plt.subplots(2, 2, figsize=(8, 5.6), sharey="row")
-    for row, reward in zip(sides, ("true", "proxy"), strict=True):
-        found = by(of_study(lines, reward), method)
+    rewards = [reward for reward in ("true", "proxy") if of_study(lines, reward)]
+    figure, sides = plt.subplots(max(1, len(rewards)), 2, figsize=(8, 2.9 * len(rewards) or 1), squeeze=False)
+    for row, reward in zip(sides, rewards, strict=False):
+        found = online_runs(lines, reward)
         for m in sorted(found, key=list(NAMES).index):
             curves = [[one["true"] for one in r["rounds"]] for r in found[m]]
             middle = [statistics.mean(values) for values in zip(*curves, strict=True)]
@@ -305,5 +325,5 @@ def online_plot(lines: list[Line]) -> Any:
     return figure
 
 
-BASE_REWARD = 0.48  # of the base model's own notes
+BASE_REWARD = 0.53  # of the base model's own notes
 PLOTS = {"frontier": frontier_plot, "conditions": conditions_plot, "online": online_plot}
