@@ -34,7 +34,7 @@ SEEDS = range(5)
 GRID_SEED = 100
 GRID = ((1e-3, 0.2), (1e-3, 0.05), (1e-3, 0.8), (3e-4, 0.05), (3e-3, 0.2))  # learning rate, β
 NEAR = 2.5  # nats per note
-FEW = ("dpo", "binary_bce", "score_mse", "score_group_mean")
+FEW = ("dpo", "binary_bce", "score_mse", "score_ema", "score_group_mean")
 LIKE = {"dpo_2x": "dpo"}  # takes what was found for another method
 CONDITIONS: dict[str, dict[str, Any]] = {
     "noise 0": {"noise": 0.0},
