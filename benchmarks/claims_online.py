@@ -4,9 +4,9 @@
 
 A round is 64 notes, four to each of 16 prompts, sampled at temperature 1, rewarded by the same function and trained on
 in mini-batches of 16: once (una, rloo, grpo) or, as TRL's PPO does by default, four times (`ppo`; `ppo_1` is once).
-Time is CPU seconds of one thread from one round's start to the next one's; memory the process's peak above what it had
-when everything was imported and nothing loaded. Cells of the study `cost` are processes of their own (the command
-above), on a larger model with random weights, whose notes all have the full length.
+Time is CPU seconds of one thread from one round's start to the next one's; memory is the process's peak. Cells of the
+study `cost` are processes of their own (the command above), on a model with random weights, whose notes all have the
+full length.
 
 PPO's value model is the base model with a fresh head, which is how TRL is used where there is no reward model. TRL's
 reward model is replaced by the function that the others call, so that it costs PPO nothing. PPO left TRL after 1.10,

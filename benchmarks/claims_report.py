@@ -16,7 +16,7 @@ import matplotlib as mpl
 
 mpl.use("svg")
 import matplotlib.pyplot as plt
-from claims import CONDITIONS, NEAR, PAPER_BETAS, tuned
+from claims import CONDITIONS, COST_SHAPES, NEAR, PAPER_BETAS, tuned
 
 DOCS = Path(__file__).parents[1] / "docs"
 NAMES = {
@@ -184,16 +184,16 @@ def condition_of(line: Line) -> str:
     for name, changes in CONDITIONS.items():
         if all(line["cell"][key] == value for key, value in changes.items()):
             return name
-    return "as above"
+    return "noise 0.2"
 
 
 def conditions_table(lines: list[Line]) -> str:
     found = by(of_study(lines, "conditions"), lambda r: (method(r), condition_of(r)))
     of_main = main_runs(lines)
     methods = sorted({m for m, _ in found}, key=list(NAMES).index)
-    names = ["as above", *CONDITIONS]
+    names = ["noise 0.2", *CONDITIONS]
     rows = [
-        [NAMES[m], *(mean_se([last(r) for r in (of_main[m] if n == "as above" else found[m, n])]) for n in names)]
+        [NAMES[m], *(mean_se([last(r) for r in (of_main[m] if n == "noise 0.2" else found[m, n])]) for n in names)]
         for m in methods
     ]
     return table(["method", *names], rows)
@@ -220,11 +220,12 @@ def online_table(lines: list[Line]) -> str:
 
 def cost_table(lines: list[Line]) -> str:
     found = of_study(lines, "cost")
-    time, memory = ({method(r): r for r in found if r["cell"]["rounds"] == n} for n in (3, 1))
+    of = {hidden: {method(r): r for r in found if r["cell"]["hidden"] == hidden} for _, hidden, _ in COST_SHAPES}
+    time, large, small = of.values()
     if not time:
         return ""
     seconds = {m: statistics.median(r["cpu_s_rounds"]) for m, r in time.items()}
-    grown = {m: r["peak_rss_mb"] - r["rss_before_mb"] for m, r in memory.items()}
+    grown = {m: large[m]["peak_rss_mb"] - small[m]["peak_rss_mb"] for m in large.keys() & small.keys()}
     rows = [
         [NAMES[m], f"{seconds[m]:.1f}", f"{seconds['una'] / seconds[m]:.2f}"]
         + ([f"{grown[m]:.0f}", f"{grown['una'] / grown[m]:.2f}"] if m in grown and "una" in grown else ["", ""])
@@ -266,19 +267,25 @@ def frontier(lines: list[Line]) -> dict[tuple[str, str], list[Line]]:
 
 
 def frontier_plot(lines: list[Line]) -> Any:
-    """True reward against KL: the grid's cells faint, means over seeds with names."""
+    """True reward against KL: the grid's cells faint, means over seeds with names, hollow those tuned within a KL."""
     figure, axes = plt.subplots(figsize=(8, 6))
     for line in of_study(lines, "grid"):
         axes.scatter(kl(line) + 0.05, last(line), s=14, alpha=0.35, color=GROUPS[group(method(line))], linewidths=0)
     for label, color in GROUPS.items():
         axes.scatter([], [], color=color, label=label)
-    for (_, name), of in frontier(lines).items():
-        x, y = statistics.mean(map(kl, of)) + 0.05, statistics.mean(map(last, of))
-        axes.errorbar(x, y, yerr=se([last(r) for r in of]), fmt="o", ms=5, color=GROUPS[group(name)])
-        axes.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6.5)
+    means = [
+        (statistics.mean(map(last, of)), statistics.mean(map(kl, of)) + 0.05, se([last(r) for r in of]), *key)
+        for key, of in frontier(lines).items()
+    ]
+    for i, (y, x, error, study, name) in enumerate(sorted(means)):
+        fill = {} if study == "main" else {"mfc": "none"}
+        axes.errorbar(x, y, yerr=error, fmt="o", ms=5, color=GROUPS[group(name)], **fill)
+        if study != "main":
+            continue
+        where = {"xytext": (6, -2)} if i % 2 else {"xytext": (-6, -2), "ha": "right"}
+        axes.annotate(name, (x, y), textcoords="offset points", fontsize=6.5, **where)
     axes.set(xscale="log", xlabel="KL from the base model, nats per note (+0.05)", ylabel="true reward, held out")
-    axes.set_ylim(0.5, None)
-    axes.axhline(BASE_REWARD, color="grey", lw=0.8, ls=":")
+    axes.set(xlim=(0.25, 30), ylim=(0.65, None))
     axes.legend(frameon=False)
     return figure
 
@@ -287,17 +294,17 @@ def conditions_plot(lines: list[Line]) -> Any:
     figure, axes = plt.subplots(figsize=(8, 3.6))
     found = by(of_study(lines, "conditions"), lambda r: (method(r), condition_of(r)))
     of_main = main_runs(lines)
-    names = ["as above", *CONDITIONS]
+    names = ["noise 0.2", *CONDITIONS]
     methods = sorted({m for m, _ in found}, key=list(NAMES).index)
     for i, m in enumerate(methods):
-        values = [[last(r) for r in (of_main[m] if n == "as above" else found[m, n])] for n in names]
+        values = [[last(r) for r in (of_main[m] if n == "noise 0.2" else found[m, n])] for n in names]
         places = [j + (i - (len(methods) - 1) / 2) * 0.8 / len(methods) for j in range(len(names))]
         heights = [statistics.mean(v) if v else math.nan for v in values]
         axes.bar(places, heights, 0.8 / len(methods), yerr=[se(v) for v in values], label=NAMES[m])
     axes.set_xticks(range(len(names)), names)
     axes.set(ylabel="true reward, held out", ylim=(0.2, None))
     axes.axhline(BASE_REWARD, color="grey", lw=0.8, ls=":")
-    axes.legend(frameon=False, ncols=2, fontsize=7.5)
+    axes.legend(frameon=False, ncols=3, fontsize=7.5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 
