@@ -56,7 +56,8 @@ def render(lines: list[Line]) -> None:
         text = marked.sub(lambda found, made=made: found[1] + made + found[2], text)
     page.write_text(text)
     (DOCS / "claims").mkdir(exist_ok=True)
-    mpl.rcParams |= {"svg.hashsalt": "claims", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    mpl.rcParams |= {"svg.hashsalt": "claims", "svg.fonttype": "none", "font.size": 9}
+    mpl.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
     for name, plot in PLOTS.items():
         figure = plot(lines)
         figure.savefig(DOCS / "claims" / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
