@@ -267,6 +267,10 @@ def frontier(lines: list[Line]) -> dict[tuple[str, str], list[Line]]:
     return {("main", m): runs for m, runs in main_runs(lines).items()} | {("near", m): runs for m, runs in near.items()}
 
 
+LEFT, ABOVE, RIGHT = {"xytext": (-6, -2), "ha": "right"}, {"xytext": (0, 10), "ha": "center"}, {"xytext": (6, -2)}
+SIDES = {"uft": LEFT, "mixed": LEFT, "dpo_2x": LEFT, "score_mse": LEFT, "binary_mse": ABOVE}  # of a point's name
+
+
 def frontier_plot(lines: list[Line]) -> Any:
     """True reward against KL: the grid's cells faint, means over seeds with names, hollow those tuned within a KL."""
     figure, axes = plt.subplots(figsize=(8, 6))
@@ -278,13 +282,11 @@ def frontier_plot(lines: list[Line]) -> Any:
         (statistics.mean(map(last, of)), statistics.mean(map(kl, of)) + 0.05, se([last(r) for r in of]), *key)
         for key, of in frontier(lines).items()
     ]
-    for i, (y, x, error, study, name) in enumerate(sorted(means)):
+    for y, x, error, study, name in sorted(means):
         fill = {} if study == "main" else {"mfc": "none"}
         axes.errorbar(x, y, yerr=error, fmt="o", ms=5, color=GROUPS[group(name)], **fill)
-        if study != "main":
-            continue
-        where = {"xytext": (6, -2)} if i % 2 else {"xytext": (-6, -2), "ha": "right"}
-        axes.annotate(name, (x, y), textcoords="offset points", fontsize=6.5, **where)
+        if study == "main":
+            axes.annotate(name, (x, y), textcoords="offset points", fontsize=6.5, **SIDES.get(name, RIGHT))
     axes.set(xscale="log", xlabel="KL from the base model, nats per note (+0.05)", ylabel="true reward, held out")
     axes.set(xlim=(0.25, 30), ylim=(0.65, None))
     axes.legend(frameon=False)
