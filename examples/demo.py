@@ -136,14 +136,14 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int, hidden: int = 128, 
     return LlamaForCausalLM(config)
 
 
-def train_base_model(directory: Path, seed: int = 0, n: int = 12_000, lr: float = 4e-3) -> None:
-    """Pretrain a model from scratch and save it with its tokenizer.
+def train_base_model(directory: Path, seed: int = 0, n: int = 12_000, lr: float = 4e-3, **shape: int) -> None:
+    """Pretrain a model from scratch, of a shape as `new_model` takes it, and save it with its tokenizer.
 
     It reads `n` conversations of any quality once, and learns to predict the notes.
     """
     talks = world.conversations(seed, n)
     tokenizer = train_tokenizer(text for talk in talks[:1000] for text in talk)
-    model = new_model(tokenizer, seed)
+    model = new_model(tokenizer, seed, **shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     batches = list(_batches([(encode_prompt(tokenizer, x), tokenizer.encode(y + END)) for x, y in talks], seed))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(batches), pct_start=0.1)
