@@ -187,7 +187,13 @@ def cores():
     """The processes of all vLLM engines that this one started."""
     import psutil
 
-    return {p for p in psutil.Process().children(recursive=True) if "EngineCore" in " ".join([*p.cmdline(), p.name()])}
+    def is_one(process):
+        try:
+            return "EngineCore" in " ".join([*process.cmdline(), process.name()])
+        except (psutil.ZombieProcess, psutil.NoSuchProcess):  # killed by another test
+            return False
+
+    return set(filter(is_one, psutil.Process().children(recursive=True)))
 
 
 def kill_engine(others):
