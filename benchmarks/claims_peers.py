@@ -18,7 +18,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset, disable_progress_bars
-from train_peers import DPO, KTO
+from train_peers import DPO, KTO, QUIET
 
 from pipelines import export
 
@@ -76,14 +76,7 @@ def build(cell: offline.Cell, base: Path, rows: list[dict[str, Any]], where: str
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
         "seed": cell.seed,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "save_strategy": "no",
+        **QUIET,
     }
     trainer = (DPO if dpo else KTO)(
         model=transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),

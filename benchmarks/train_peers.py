@@ -38,6 +38,17 @@ from train import peak_rss_mb
 
 torch.set_num_threads(1)
 torch.set_num_interop_threads(1)
+# on a CPU in float32, every loss logged, nothing saved or told elsewhere
+QUIET = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "report_to": "none",
+    "save_strategy": "no",
+}
 
 PAIRS = 8  # of a step
 Pair = dict[str, Any]
@@ -171,14 +182,7 @@ def build(args: argparse.Namespace, output: str, model: Any, pairs: list[Pair]) 
         "max_length": None,
         "learning_rate": 1e-5,
         "lr_scheduler_type": "constant",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "save_strategy": "no",
+        **QUIET,
     } | dict(option(text) for text in args.set)
     return (DPO if dpo else KTO)(
         model=model,

@@ -6,6 +6,7 @@ allowed, and the README's table is generated. Model, dataset and output are argu
 
 # ruff: noqa: RUF009 - the calls in the dataclass make its fields
 
+import argparse
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
@@ -376,6 +377,25 @@ FREE_ON_RESUME = {
     "eval_every", "save_every", "keep_checkpoints", "log_every", "tracker",
     "parity_check", "parity_tolerance", "merge_lora", "max_unrewarded", "alarm_rounds",
 }  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every training command: where it writes, its settings, what becomes of an earlier run."""
+    parser.add_argument("--output", required=True, metavar="DIR", help="run directory to write")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="one setting, such as lora=true; repeatable"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="remove an earlier run's files from the output first")
+    parser.add_argument("--resume", action="store_true", help="continue an unfinished run in the output")
+
+
+def of_run(load: Callable[..., T], args: argparse.Namespace, output: Path) -> T:
+    """What `load` makes of the arguments; a run that is continued without any settings given keeps its own."""
+    kept = output / "config.yaml"
+    if args.resume and not args.config and not args.set and kept.is_file():
+        return load(kept)
+    return load(args.config, args.set)
 
 
 def load(file: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:

@@ -60,17 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", metavar="PROMPTS", help="a file of prompts, or a dataset directory")
     parser.add_argument("--model", required=True, help="what is trained, and the reference: a directory, or a hub id")
     parser.add_argument("--reward", required=True, metavar="SPEC", help="a labeller, as in una label --labeller")
-    parser.add_argument("--output", required=True, metavar="DIR", help="run directory to write")
     parser.add_argument(
         "--held-out-reward", metavar="SPEC", help="a labeller that is not trained on: an alarm tells when it disagrees"
     )
     parser.add_argument("--offline", metavar="DIR", help="a published dataset to mix in (see offline_ratio)")
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="one setting, such as beta=0.1; repeatable"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="remove an earlier run's files from the output first")
-    parser.add_argument("--resume", action="store_true", help="continue an unfinished run in the output")
+    settings.add_arguments(parser)
 
 
 def command(args: argparse.Namespace) -> dict[str, Any]:
@@ -612,11 +606,7 @@ def _drift(judged: list[Judged], of: Round) -> float | None:
 
 
 def _settings(args: argparse.Namespace, output: Path) -> OnlineConfig:
-    """The run's settings; a run that is continued without any given keeps its own."""
-    if args.resume and not args.config and not args.set and (output / "config.yaml").is_file():
-        config = settings.load_online(output / "config.yaml")
-    else:
-        config = settings.load_online(args.config, args.set)
+    config = settings.of_run(settings.load_online, args, output)
     if bool(config.offline_ratio) != bool(args.offline):
         raise UsageError("--offline DIR and offline_ratio go together: which dataset, and which share of the groups")
     required(config)

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,19 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, help="where to start: a causal or a reward model, directory or hub id"
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="run directory to write")
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="one setting, such as lora=true; repeatable"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="remove an earlier run's files from the output first")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the output")
+    settings.add_arguments(parser)
 
 
 def command(args: argparse.Namespace) -> dict[str, Any]:
     """Train, and return the summary: reward_model, steps, loss, test, comparisons, seconds."""
     dataset, output, model_dir = Path(args.dataset), Path(args.output), local_model(args.model)
-    config = with_dtype(_settings(args, output))
+    config = with_dtype(settings.of_run(partial(settings.read, RewardConfig), args, output))
     if config.lora:
         policy.require("peft", "lora")
     Manifest.read(dataset)  # or say that it is no dataset
@@ -101,13 +96,6 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
         pairs, left_out = read(dataset, conversation.of(tokenizer, str(model_dir)), longest, config.held_out)
         facts["comparisons"] = {name: len(some) for name, some in pairs.items()} | {"left_out": left_out}
         return train(accelerator, config, pairs, model, model_dir, output, checkpoint, facts)
-
-
-def _settings(args: argparse.Namespace, output: Path) -> RewardConfig:
-    """The run's settings; a run that is continued without any given keeps its own."""
-    if args.resume and not args.config and not args.set and (output / "config.yaml").is_file():
-        return settings.read(RewardConfig, output / "config.yaml")
-    return settings.read(RewardConfig, args.config, args.set)
 
 
 # --- the data ----------------------------------------------------------------------------------

@@ -59,13 +59,7 @@ C = TypeVar("C", bound=Config | RewardConfig)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="DIR", help="published dataset with reference log-probs")
     parser.add_argument("--model", required=True, help="the model that was scored: its directory, or a hub id")
-    parser.add_argument("--output", required=True, metavar="DIR", help="run directory to write")
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="one setting, such as beta=0.1; repeatable"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="remove an earlier run's files from the output first")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the output")
+    settings.add_arguments(parser)
 
 
 def command(args: argparse.Namespace) -> dict[str, Any]:
@@ -495,11 +489,7 @@ def _read(accelerator: Accelerator, config: Config, dataset: Path, split: str, c
 
 
 def _settings(args: argparse.Namespace, output: Path) -> Config:
-    """The run's settings; a run that is continued without any given keeps its own."""
-    if args.resume and not args.config and not args.set and (output / "config.yaml").is_file():
-        config = settings.load(output / "config.yaml")
-    else:
-        config = settings.load(args.config, args.set)
+    config = settings.of_run(settings.load, args, output)
     required(config)
     return with_dtype(config)
 

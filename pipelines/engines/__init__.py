@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipelines import models
 from schemas.errors import UsageError, UserError
 
 ENGINES = {
@@ -57,8 +56,6 @@ class Engine(Protocol):
 
 def load(name: str, model: str, *, dtype: str, batch_tokens: int | None, max_length: int, **options: Any) -> Engine:
     """Load an engine by name; `max_length` is the longest prompt plus response it must take, in tokens."""
-    if name != "server":  # which has the model itself
-        model = str(models.local(model))
     if (copies := options.pop("data_parallel", 1)) > 1:
         from pipelines.engines.replicas import Replicas
 
@@ -99,7 +96,7 @@ def plain(model: str, adapter: str | None) -> Any:
     """The reference as transformers loads it, in float32, for `parity`."""
     from pipelines.engines.transformers import network
 
-    return network(str(models.local(model)), "float32", adapter)
+    return network(model, "float32", adapter)
 
 
 def device_of(asked: str) -> str:

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.engines import Sampled, vllm
-from pipelines.engines.transformers import batches
+from pipelines.engines import Sampled, device_of, vllm
+from pipelines.engines.transformers import batches, network
 from schemas.errors import UserError
 
 
@@ -363,24 +363,8 @@ class ServerSampler:
 def load_transformers(
     model: str, *, dtype: str, batch_tokens: int, max_length: int, end_of_turn: int, adapter: str | None
 ) -> TransformersSampler:
-    """A local model directory, with a LoRA adapter's directory on top of it."""
-    from transformers import AutoConfig, AutoModelForCausalLM, logging
-
-    logging.disable_progress_bar()
-    try:
-        text = AutoConfig.from_pretrained(model).get_text_config()
-        attention = {"attn_implementation": "eager"} if getattr(text, "attn_logit_softcapping", None) else {}
-        net: Any = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, dtype), use_safetensors=True, **attention
-        )
-        if adapter:
-            from peft import PeftModel
-
-            net = PeftModel.from_pretrained(net, adapter)
-    except Exception as error:
-        raise UserError(f"{adapter or model}: cannot be loaded ({type(error).__name__}: {error})") from None
-    net.to("cuda" if torch.cuda.is_available() else "cpu")
-    return TransformersSampler(net, end_of_turn, batch_tokens)
+    """A model directory with a LoRA adapter's directory in it, onto the GPU if there is one, else the CPU."""
+    return TransformersSampler(network(model, dtype, adapter).to(device_of("auto")), end_of_turn, batch_tokens)
 
 
 def load_vllm(
@@ -389,7 +373,7 @@ def load_vllm(
     """vLLM on a local model directory; with an adapter, that adapter, which `update` exchanges."""
     options: dict[str, Any] = {}
     if adapter:
-        options = {"enable_lora": True, "max_lora_rank": _rank(adapter)}
+        options = {"enable_lora": True, "max_lora_rank": vllm.rank(adapter)}
     llm = vllm.start(
         model,
         dtype=dtype,
@@ -405,15 +389,6 @@ def load_vllm(
     if adapter:
         sampler.update(adapter)
     return sampler
-
-
-def _rank(adapter: str) -> int:
-    """The rank that vLLM is to make room for: the least of those it offers that holds the adapter's."""
-    try:
-        rank = json.loads((Path(adapter) / "adapter_config.json").read_text("utf-8"))["r"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{adapter}: no LoRA adapter here ({error})") from None
-    return next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
 
 
 def load_server(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipelines import models
 from pipelines.engines import device_of
 from schemas.errors import UserError
 from scoring import packing
@@ -228,16 +229,17 @@ def load(
     adapter: str | None = None,
     device: str = "auto",
 ) -> TransformersEngine:
-    """Load a local model directory onto the GPU if there is one, else the CPU."""
+    """Load a model directory, here or in a store, onto the GPU if there is one, else the CPU."""
     where = device_of(device)
     return TransformersEngine(network(model, dtype, adapter).to(where), batch_tokens or BATCH_TOKENS[where])
 
 
 def network(model: str, dtype: str, adapter: str | None = None) -> Any:
-    """A causal model from a local directory, with a LoRA adapter in it; `UserError` when it cannot be loaded."""
+    """A causal model from a directory, here or in a store, with a LoRA adapter in it; else `UserError`."""
     from transformers import AutoConfig, AutoModelForCausalLM, logging
 
     logging.disable_progress_bar()
+    model = str(models.local(model))
     try:
         attention = soft_capped_attention(AutoConfig.from_pretrained(model))
         net = AutoModelForCausalLM.from_pretrained(

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines import models
 from pipelines.engines import device_of
 from schemas.errors import UserError
 
@@ -167,13 +168,14 @@ def load(
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
 ) -> VllmEngine:
-    """Start vLLM on a local model directory; `batch_tokens` bounds the tokens scheduled per step."""
+    """Start vLLM on a model directory, here or in a store; `batch_tokens` bounds the tokens scheduled per step."""
+    model = str(models.local(model))
     gpu = device_of(device) == "cuda"
     sizes = sized(**_memory(model, dtype, max_length, tensor_parallel * pipeline_parallel, gpu), wanted=batch_tokens)
     log.info("vLLM: %s", sizes.why)
     options: dict[str, Any] = {"gpu_memory_utilization": sizes.share} if gpu else {}
     options |= {"quantization": quantization} if quantization else {}
-    options |= {"enable_lora": True, "max_lora_rank": _rank(adapter), "max_loras": 1} if adapter else {}
+    options |= {"enable_lora": True, "max_lora_rank": rank(adapter), "max_loras": 1} if adapter else {}
     llm = start(
         model,
         dtype=dtype,
@@ -216,10 +218,13 @@ def _memory(model: str, dtype: str, max_length: int, devices: int, gpu: bool) ->
     }
 
 
-def _rank(adapter: str) -> int:
-    """The smallest rank that vLLM offers and the adapter fits into."""
-    rank = json.loads((Path(adapter) / "adapter_config.json").read_text("utf-8")).get("r", 16)
-    return next((n for n in (8, 16, 32, 64, 128, 256, 320, 512) if n >= rank), rank)
+def rank(adapter: str) -> int:
+    """The rank that vLLM is to make room for: the least of those it offers that holds the adapter's."""
+    try:
+        own = json.loads((Path(adapter) / "adapter_config.json").read_text("utf-8"))["r"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{adapter}: no LoRA adapter here ({error})") from None
+    return next((n for n in (8, 16, 32, 64, 128, 256, 320, 512) if n >= own), own)
 
 
 def start(model: str, **options: Any) -> Any:
