@@ -95,7 +95,9 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
         longest = conversation.longest(config.max_length, model.config, tokenizer)
         pairs, left_out = read(dataset, conversation.of(tokenizer, str(model_dir)), longest, config.held_out)
         facts["comparisons"] = {name: len(some) for name, some in pairs.items()} | {"left_out": left_out}
-        return train(accelerator, config, pairs, model, model_dir, output, checkpoint, facts)
+        result = train(accelerator, config, pairs, model, model_dir, output, checkpoint, facts)
+    rundir.finish(accelerator)
+    return result
 
 
 # --- the data ----------------------------------------------------------------------------------
@@ -361,7 +363,6 @@ def train(
         if tested:
             print(f"test: {tested['count']} comparisons, loss {tested['loss']:.4f}, accuracy {tested['accuracy']}")
         print(f"reward model: {output / 'reward_model'}", flush=True)
-    accelerator.end_training()
     return {
         "reward_model": str(output / "reward_model"),
         "steps": total,

@@ -7,6 +7,7 @@ safetensors and JSON: no pickle.
 
 import dataclasses
 import fcntl
+import gc
 import importlib.metadata
 import json
 import logging
@@ -243,6 +244,17 @@ def check_same_run(output: Path, facts: dict[str, Any], also: Sequence[str] = ()
     changed += [key for key in also if json.loads(json.dumps(facts[key])) != before.get(key)]
     if changed:
         raise UserError(f"{output}: cannot continue with other {', '.join(changed)}; undo it, or --overwrite")
+
+
+def finish(accelerator: Accelerator) -> None:
+    """End what processes share, once the frames that hold the wrapped model are gone.
+
+    The model goes first: where it is the last to hold a gloo group, the group ends while Python's lock is held, and
+    waits for ever for a thread that needs the lock to give up the last message.
+    """
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()
 
 
 # --- checkpoints -------------------------------------------------------------------------------

@@ -87,7 +87,9 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
         with rundir.locked(output) if accelerator.is_main_process else nullcontext():
             splits = {split: _read(accelerator, config, dataset, split, cache) for split in ("train", "test")}
             _check_dataset(dataset, manifest, splits, model_dir)
-            return train(accelerator, config, splits, model_dir, output, checkpoint, facts, manifest.reference or {})
+            result = train(accelerator, config, splits, model_dir, output, checkpoint, facts, manifest.reference or {})
+        rundir.finish(accelerator)
+        return result
     except KeyboardInterrupt:
         last = rundir.newest_checkpoint(output)
         saved = f"{last.name} is intact; continue with --resume" if last else "there was no checkpoint yet"
@@ -291,7 +293,6 @@ def train(
         policy.save(output / "policy", scorer.policy, weights, facts["model"], model_dir, config)
         rundir.write(output / "run.json", json.dumps(facts, indent=2) + "\n")  # last: now the run is complete
         _print_result(facts, loss, output)
-    accelerator.end_training()
     return {
         "policy": str(output / "policy"),
         "steps": facts["steps"],

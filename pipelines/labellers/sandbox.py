@@ -123,11 +123,20 @@ def _judged(
         reply = _reply(line, deadline)
     except (TimeoutError, subprocess.TimeoutExpired):
         return late
-    except OSError:
-        reply = b""
+    except OSError as error:  # it closed the line, or ended, with messages unread
+        return _ending(process, str(error))
     if hmac.compare_digest(reply, token):
         return ""
-    return reply.decode(errors="replace") or "ended before the test had run through"
+    return reply.decode(errors="replace") or _ending(process, "")
+
+
+def _ending(process: subprocess.Popen[bytes], why: str) -> str:
+    """How a process came to its end that told nothing."""
+    try:
+        code = process.wait(1)
+    except subprocess.TimeoutExpired:
+        return f"closed its line before the test had run through{': ' * bool(why)}{why}"
+    return f"ended before the test had run through, with exit code {code}{': ' * bool(why)}{why}"
 
 
 def _refused(line: socket.socket, limits: Limits, program: bool) -> str:
