@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,15 @@ def test_right_code_passes_and_wrong_code_does_not():
     assert failed("def f(x:").startswith("SyntaxError")
     assert failed("def g(x): pass").startswith("NameError")
     assert failures("def f(x): return x + 2", [DOUBLES, "assert f(3) == 6", DOUBLES], LIMITS)[1]
+
+
+def test_a_default_timeout_of_sockets_changes_nothing():
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(5)
+    try:
+        assert not any(failed("import time\ntime.sleep(.01)\ndef f(x):\n    return x * 2") for _ in range(5))
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def test_usual_code_works():

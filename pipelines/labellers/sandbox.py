@@ -85,6 +85,7 @@ def _one(solution: str, test: Test, limits: Limits) -> str:
             stdin.write(_utf8(test.stdin))
             stdin.seek(0)
         ours, theirs = socket.socketpair()
+        theirs.setblocking(True)  # a default timeout of this process would make it one that never waits
         with ours, theirs:
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", _SCRIPT, str(theirs.fileno())],
