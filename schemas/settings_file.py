@@ -1,6 +1,7 @@
 """YAML as people mean it: `3e-5` is a number, as in YAML 1.2, and what is wrong is a `UsageError`."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,13 @@ def parse(text: str, where: str) -> Any:
         raise UsageError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def read(file: str | Path, what: str) -> dict[str, Any]:
-    """The mapping a YAML file holds; `what` says what it should be, such as `recipe`."""
+def read(file: str | Path, what: str, text: Callable[[], str] | None = None) -> dict[str, Any]:
+    """The mapping a YAML file holds; `what` says what it should be, such as `recipe`.
+
+    `text` reads it where it is no file of this machine; what it raises beside `OSError` is not caught.
+    """
     try:
-        values = parse(Path(file).read_text("utf-8"), str(file))
+        values = parse(text() if text else Path(file).read_text("utf-8"), str(file))
     except OSError as error:
         raise UsageError(f"{file}: this {what} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:

@@ -30,6 +30,18 @@ REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO / "examples"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Share tests out to processes by file; those of vLLM, which share an engine and take longest, are one share."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("vllm" if needs_vllm(item) else item.path.stem))
+    items.sort(key=needs_vllm, reverse=True)
+
+
+def needs_vllm(item) -> bool:
+    return bool(item.get_closest_marker("vllm") or {"vllm_engine", "vllm_server"} & set(item.fixturenames))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A random Llama with the demo's byte-level tokenizer and chat template."""

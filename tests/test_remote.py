@@ -137,6 +137,20 @@ def test_columns_named_beside_a_file(una_here, bucket):
     assert (code, json.loads(out.splitlines()[-1])["rows"]) == (0, {"pairwise": 2}), err
 
 
+def test_a_mapping_beside_the_file_that_it_joins(una_here, bucket):
+    mapping = "join:\n  a: {file: answers.jsonl, key: id, on: id}\nprompt: q\nresponse: a.text\n"
+    bucket.put("in/map.yaml", f"{mapping}label: {{field: s, score: [1, 5]}}\n".encode())
+    bucket.put("in/answers.jsonl", b'{"id": 1, "text": "b"}\n')
+    bucket.put("in/x.jsonl", b'{"q": "a", "id": 1, "s": 3}\n')
+    given = ["ingest", f"{bucket.url}/in/x.jsonl", "--output", f"{bucket.url}/out", "--json", "--mapping"]
+    code, out, err = una_here(*given, f"{bucket.url}/in/map.yaml")
+    assert (code, json.loads(out.splitlines()[-1])["rows"]) == (0, {"scalar": 1}), err
+    bucket.put("in/map.yaml", b"\xff")
+    for name, expected, says in [("map.yaml", 2, "not valid UTF-8, so no mapping"), ("none.yaml", 1, "Not found")]:
+        code, _, err = una_here(*given, f"{bucket.url}/in/{name}", "--overwrite")
+        check_one_line(code, err, says, expected)
+
+
 def test_a_saved_dataset_is_read_in_its_order(una_here, tmp_path, bucket):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list([preference(i) for i in range(30)]).save_to_disk(tmp_path / "saved", num_shards=3)

@@ -6,8 +6,10 @@
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+from pipelines import io
 from pipelines.mapping import paths, shape
 from pipelines.mapping.judgements import spellings
 from pipelines.mapping.shape import KINDS, fail, told
@@ -25,7 +27,7 @@ _NAME_PATHS = ("field", "fields", "first", "second", "tie", "user", "assistant",
 
 def read(file: str) -> Spec:
     """The mapping that a YAML file holds; `UsageError` names the file, the key, the value and the choices."""
-    spec = _named(read_yaml(file, "mapping"), file, "")
+    spec = _named(read_yaml(file, "mapping", partial(_remote_text, file) if io.is_remote(file) else None), file, "")
     shape.check(spec, file)
     for where, path in named_paths(spec):
         _check_path(path, file, where)
@@ -43,6 +45,11 @@ def read(file: str) -> Spec:
     for column, orders in label["annotators"].items() if isinstance(label.get("annotators"), dict) else ():
         _check_conditions(orders, file, f"label.annotators.{column}")
     return spec
+
+
+def _remote_text(file: str) -> str:
+    with io.open_raw(file) as opened:
+        return opened.read().decode("utf-8")
 
 
 def _named(value: Any, file: str, where: str) -> Any:
