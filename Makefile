@@ -32,7 +32,7 @@ lint: install
 # in two processes, each of which runs whole files; with one, `make test TESTERS=0`
 TESTERS ?= 2
 test: lint
-	$(BIN)/python -m pytest -n $(TESTERS) --dist loadgroup --no-loadscope-reorder --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
 
 clean:
 	rm -rf .venv runs

@@ -14,6 +14,7 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -30,16 +31,30 @@ REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO / "examples"))
 
 
-@pytest.hookimpl(tryfirst=True)
+# --- tests in several processes --------------------------------------------------------------------
+#
+# A process takes whole files; those with tests of vLLM, which share an engine and take longest, come first, as one.
+
+
+@cache
+def needs_vllm(file: Path) -> bool:
+    return bool(re.search(r"vllm_engine|vllm_server|mark[.]vllm", file.read_text("utf-8")))
+
+
 def pytest_collection_modifyitems(items):
-    """Share tests out to processes by file; those of vLLM, which share an engine and take longest, are one share."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("vllm" if needs_vllm(item) else item.path.stem))
-    items.sort(key=needs_vllm, reverse=True)
+    slow = {file for file in {item.path for item in items} if needs_vllm(file)}
+    items.sort(key=lambda item: item.path not in slow)
 
 
-def needs_vllm(item) -> bool:
-    return bool(item.get_closest_marker("vllm") or {"vllm_engine", "vllm_server"} & set(item.fixturenames))
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadFileScheduling
+
+    class Shares(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "vllm" if needs_vllm(config.rootpath / file) else file
+
+    return Shares(config, log)
 
 
 @pytest.fixture(scope="session")
