@@ -343,7 +343,7 @@ def test_a_template_without_system_turns_rejects_the_rows_that_have_one(una_here
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--store", "s3://bucket/store"], "must be a directory of this machine"),
+        (["--store", "hf://datasets/u/n"], "must be a directory, here or in a bucket"),
         (["--store", "x", "--no-store"], "goes against --store"),
         (["--parity-rows", "0"], "--no-parity"),
         (["--parity-tolerance", "nan"], "a number of nats"),
