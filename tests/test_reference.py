@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipelines import dataset, engines, io, reference
 from pipelines.engines.transformers import batches, bundles
-from schemas.errors import Reject
+from schemas.errors import Reject, UserError
 from schemas.feedback import check, check_comparisons
 from schemas.manifest import Manifest
 
@@ -275,15 +275,55 @@ def test_copies_of_an_engine_share_a_batch(tiny_model):
     agree(two.score(prompts, responses), plain_loop(tiny_model, prompts, responses))
 
 
-def test_an_adapter_is_part_of_the_reference(una_here, rows, tmp_path, tiny_model):
+@pytest.fixture
+def adapted(tiny_model):
+    """Makes a LoRA adapter of some layers in a directory, and returns the adapted model."""
     import peft
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(0)
-    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
-    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), lora)
-    adapted.save_pretrained(tmp_path / "adapter")
-    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    def make(directory, layers):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=layers, init_lora_weights=False)
+        model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
+        model.save_pretrained(directory)
+        return model
+
+    return make
+
+
+@pytest.mark.vllm
+def test_vllm_scores_with_an_adapter(tiny_model, adapted, tmp_path):
+    """Several rows in a step: vLLM adapts the head by itself, which fails at the positions of prompts."""
+    pytest.importorskip("vllm")
+    from pipelines.engines import vllm
+
+    adapted(tmp_path / "adapter", "all-linear").merge_and_unload().save_pretrained(tmp_path / "merged")
+    given = {"dtype": "float32", "batch_tokens": 1024, "max_length": 256, "adapter": str(tmp_path / "adapter")}
+    prompts, responses = sequences(n=12, vocabulary=118)
+    engine = engines.load("vllm", str(tiny_model), **given)
+    try:
+        found = engine.score(prompts, responses)
+    finally:
+        vllm._shut_down(engine.llm.llm_engine.engine_core)
+    agree(found, plain_loop(tmp_path / "merged", prompts, responses), 1e-3)
+    without = plain_loop(tiny_model, prompts, responses)
+    assert min(np.abs(a - b).max() for a, b in zip(found, without, strict=True)) > 1e-2
+
+
+def test_vllm_is_told_the_adapters_layers_and_refuses_an_adapted_head(adapted, tmp_path):
+    from pipelines.engines import vllm
+
+    adapted(tmp_path / "few", ["q_proj", "down_proj"])
+    options = vllm.lora(str(tmp_path / "few"))
+    assert options["lora_target_modules"] == ["down_proj", "q_proj"]
+    assert options["max_lora_rank"] == 8
+    adapted(tmp_path / "head", ["q_proj", "lm_head"])
+    with pytest.raises(UserError, match=r"adapts the head.*--engine transformers"):
+        vllm.lora(str(tmp_path / "head"))
+
+
+def test_an_adapter_is_part_of_the_reference(una_here, rows, tmp_path, tiny_model, adapted):
+    adapted(tmp_path / "adapter", "all-linear").merge_and_unload().save_pretrained(tmp_path / "merged")
     argv = ["reference", rows, "--model", tiny_model, "--store", tmp_path / "store", "--adapter"]
     code, _, err = una_here(*argv, tmp_path / "adapter", "--output", tmp_path / "s")
     assert code == 0, err
