@@ -235,21 +235,26 @@ def test_two_processes_write_the_same_bytes_with_one_store(una, rows, tmp_path, 
 
 KILLED = """
 import os, signal, sys
-from pipelines import cli, store
-put = store.Store.put
-def killed(self, entries, part=""):
-    put(self, entries, part)
-    killed.batches += 1
-    if killed.batches == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-killed.batches = 0
-store.Store.put = killed
+from pipelines import cli, pieces, store
+def dying(put):
+    def killed(self, entries, part=""):
+        put(self, entries, part)
+        dying.batches += 1
+        if dying.batches == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return killed
+dying.batches = 0
+store.Store.put, pieces.Pieces.put = dying(store.Store.put), dying(pieces.Pieces.put)
+pieces.Pieces.every = 0.0
 cli.main(sys.argv[1:])
 """
 
 
-def test_a_killed_job_loses_no_batch_that_was_scored(una_here, rows, tmp_path, tiny_model):
+@pytest.mark.parametrize("where", ["beside the output", "in a bucket"])
+def test_a_killed_job_loses_no_batch_that_was_scored(una_here, rows, tmp_path, tiny_model, where, request):
     argv = ["reference", rows, "--model", tiny_model, "--output", tmp_path / "s", "--batch-tokens", "300"]
+    if where == "in a bucket":
+        argv += ["--store", f"{request.getfixturevalue('bucket').url}/store"]
     code = [sys.executable, "-c", KILLED, *map(str, argv), "--no-parity"]
     assert subprocess.run(code, cwd=REPO, capture_output=True).returncode == -signal.SIGKILL
     assert not (tmp_path / "s").exists()
@@ -262,6 +267,10 @@ def test_a_killed_job_loses_no_batch_that_was_scored(una_here, rows, tmp_path, t
     expected = plain_loop(tiny_model, table["prompt_ids"].to_pylist(), table["response_ids"].to_pylist())
     for found, want in zip(table["ref_logps"].to_pylist(), expected, strict=True):
         np.testing.assert_allclose(found, want, atol=1e-4)
+    if where == "in a bucket":  # another run says what of it is not used
+        code, _, err = una_here(*argv, "--overwrite", "--dtype", "bfloat16")
+        assert (code, "log-probs of another reference (dtype differ) are not used" in err) == (0, True), err
+        assert Manifest.read(tmp_path / "s").statistics["scoring"]["reused"] == 0
 
 
 def test_copies_of_an_engine_share_a_batch(tiny_model):
