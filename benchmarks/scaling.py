@@ -126,8 +126,8 @@ class Run:
 
 
 def simulate(chunks: int, seconds: float, machines: int, weather: Weather, seed: int = 0) -> Run:
-    """Machines take chunks from one queue until all are done; one that is taken away gives back what of its chunk is not
-    in the store, and another one starts. `seconds`: of a chunk on an ordinary machine."""
+    """Machines take chunks from one queue until all are done; one that is taken away gives back what of its chunk is
+    not in the store, and another one starts. `seconds`: of a chunk on an ordinary machine."""
     chance = random.Random(seed)
     ready = [(weather.start, i) for i in range(machines)]
     pace = [weather.slower if chance.random() < weather.slow else 1.0 for _ in range(machines)]

@@ -37,6 +37,7 @@ from schemas.errors import UsageError, UserError
 
 # what a worker raised, in the last line of a traceback
 _SAID = re.compile(r"(?:UserError|UsageError|OSError|[A-Z]\w+Error: \[Errno \d+\]):? (.+)$", re.MULTILINE)
+_LOST = "Channel closed prematurely"  # what Beam's local runner raises when a worker is gone
 ONE_PROCESS = "no_use_multiple_sdk_containers"  # Dataflow's experiment: one worker process per machine
 _LOCAL = "FnApiRunner"  # plain DirectRunner would try to download Prism, and then ignores direct_* options
 
@@ -258,6 +259,11 @@ def _readable(error: Exception) -> BaseException:
     text = str(error)
     if re.search(r"^KeyboardInterrupt\b", text, re.MULTILINE):
         return KeyboardInterrupt()
+    if _LOST in text:
+        return UserError(
+            "a worker process ended in the middle of its work: it was killed, or had too little memory; run again, "
+            "with fewer --direct_num_workers if memory is short"
+        )
     if isinstance(error, UserError | UsageError):
         return type(error)(re.sub(r" \[while running .*?\]$", "", text))
     if found := _SAID.findall(text):

@@ -1,6 +1,7 @@
 """Reference log-probs: both engines against a plain loop over full logits, rejections, and bad input."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -231,6 +232,33 @@ def test_two_processes_write_the_same_bytes_with_one_store(una, rows, tmp_path, 
     again = una("reference", rows, *same, "--output", tmp_path / "two", "--overwrite", *TWO)
     assert again.returncode == 0
     assert Manifest.read(tmp_path / "two").statistics["scoring"]["computed"] == 0
+
+
+DYING = """
+import os, signal
+from pipelines import store
+put, calls = store.Store.put, []
+def dying(self, entries, part=""):
+    put(self, entries, part)
+    calls.append(part)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+store.Store.put = dying
+"""
+
+
+def test_a_killed_worker_is_told_and_its_batches_are_kept(una, rows, tmp_path, tiny_model):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(DYING)
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}:{REPO}"}
+    argv = ["reference", rows, "--model", tiny_model, "--output", tmp_path / "s", "--batch-tokens", "300"]
+    done = una(*argv, "--no-parity", *TWO, env=env)
+    assert (done.returncode, "error: a worker process ended" in done.stderr) == (1, True), done.stderr
+    assert not (tmp_path / "s").exists()
+    assert una(*argv, "--no-parity").returncode == 0
+    counts = Manifest.read(tmp_path / "s").statistics["scoring"]
+    assert counts["reused"] >= 3
+    assert counts["computed"] > 0
 
 
 KILLED = """
