@@ -115,6 +115,7 @@ class Weather:
     slower: float = 2.0
     preempted: float = 0.0  # times an hour that a machine is taken away, with the chunk it is at
     spread: float = 0.25  # standard deviation of a chunk's time, of its mean
+    unkept: float = 60  # seconds of a chunk that are not in the store yet when its machine is taken away
 
 
 @dataclass(frozen=True)
@@ -125,24 +126,29 @@ class Run:
 
 
 def simulate(chunks: int, seconds: float, machines: int, weather: Weather, seed: int = 0) -> Run:
-    """Machines take chunks from one queue until all are done; one that is taken away gives its chunk back, and another
-    one starts. `seconds`: of a chunk on an ordinary machine."""
+    """Machines take chunks from one queue until all are done; one that is taken away gives back what of its chunk is
+    not in the store, and another one starts. `seconds`: of a chunk on an ordinary machine."""
     chance = random.Random(seed)
     ready = [(weather.start, i) for i in range(machines)]
     pace = [weather.slower if chance.random() < weather.slow else 1.0 for _ in range(machines)]
     gone = [weather.start + _next(chance, weather.preempted) for _ in range(machines)]
     heapq.heapify(ready)
     left, useful, ends = chunks, 0.0, [0.0] * machines
-    while left:
+    rests: list[float] = []  # of chunks that were given back: the share that is left
+    while left or rests:
         now, i = heapq.heappop(ready)
         if now >= gone[i]:
             _replace(i, gone[i], ready, pace, gone, weather, chance)
             continue
-        takes = seconds * pace[i] * max(0.2, chance.gauss(1, weather.spread))
+        share, left = (rests.pop(), left) if rests else (1.0, left - 1)
+        takes = share * seconds * pace[i] * max(0.2, chance.gauss(1, weather.spread))
         if now + takes > gone[i]:  # taken away in the middle
+            kept = max(0.0, gone[i] - now - weather.unkept)
+            rests.append(share * (1 - kept / takes))
+            useful += kept / pace[i]
             _replace(i, gone[i], ready, pace, gone, weather, chance)
             continue
-        left, useful, ends[i] = left - 1, useful + takes / pace[i], now + takes
+        useful, ends[i] = useful + takes / pace[i], now + takes
         heapq.heappush(ready, (ends[i], i))
     end = max(ends)
     return Run(end / 3600, machines * end / 3600, 1 - useful / (machines * end))

@@ -16,6 +16,7 @@ from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import (
     DebugOptions,
     DirectOptions,
+    FlinkRunnerOptions,
     GoogleCloudOptions,
     PipelineOptions,
     PortableOptions,
@@ -26,6 +27,7 @@ from apache_beam.options.pipeline_options import (
 )
 from apache_beam.portability.api import beam_provision_api_pb2 as provision
 from apache_beam.runners.job import utils as job_utils
+from apache_beam.runners.portability.flink_runner import MAGIC_HOST_NAMES
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.runners.portability.fn_api_runner.fn_runner import ExtendedProvisionInfo
 from apache_beam.runners.runner import PipelineResult
@@ -35,6 +37,7 @@ from schemas.errors import UsageError, UserError
 
 # what a worker raised, in the last line of a traceback
 _SAID = re.compile(r"(?:UserError|UsageError|OSError|[A-Z]\w+Error: \[Errno \d+\]):? (.+)$", re.MULTILINE)
+_LOST = "Channel closed prematurely"  # what Beam's local runner raises when a worker is gone
 ONE_PROCESS = "no_use_multiple_sdk_containers"  # Dataflow's experiment: one worker process per machine
 _LOCAL = "FnApiRunner"  # plain DirectRunner would try to download Prism, and then ignores direct_* options
 
@@ -164,7 +167,13 @@ def across_processes(flags: list[str]) -> bool:
 def shares_disk(flags: list[str]) -> bool:
     """Whether all workers run on this machine."""
     chosen, runner = _chosen(flags)
-    return isinstance(runner, FnApiRunner) or chosen.view_as(PortableOptions).environment_type == "LOOPBACK"
+    if isinstance(runner, FnApiRunner):
+        return True
+    name, asked = runner.rsplit(".", 1)[-1], chosen.view_as(PortableOptions).environment_type
+    at_home = name == "PrismRunner" or (
+        name == "FlinkRunner" and chosen.view_as(FlinkRunnerOptions).flink_master in MAGIC_HOST_NAMES
+    )
+    return asked == "LOOPBACK" or (at_home and not asked)  # then it is Beam's choice as well
 
 
 def _chosen(flags: list[str]) -> tuple[PipelineOptions, str | FnApiRunner]:
@@ -250,6 +259,11 @@ def _readable(error: Exception) -> BaseException:
     text = str(error)
     if re.search(r"^KeyboardInterrupt\b", text, re.MULTILINE):
         return KeyboardInterrupt()
+    if _LOST in text:
+        return UserError(
+            "a worker process ended in the middle of its work: it was killed, or had too little memory; run again, "
+            "with fewer --direct_num_workers if memory is short"
+        )
     if isinstance(error, UserError | UsageError):
         return type(error)(re.sub(r" \[while running .*?\]$", "", text))
     if found := _SAID.findall(text):

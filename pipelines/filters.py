@@ -407,22 +407,41 @@ def together(item: tuple[tuple[str, int], Iterable[np.ndarray]]) -> tuple[str, n
     return kind, members[shared]
 
 
-def decide(
-    _: None, groups: list[tuple[str, np.ndarray]], marks: list[tuple[int, dict]], *, near: float | None, files: list
+def drop_exact(group: tuple[str, np.ndarray], files: list[str]) -> Iterator[tuple[int, list[Drop]]]:
+    """Which units of a shard have what an earlier one has, by file."""
+    kind, members = group
+    found = exact_duplicates(members) if kind == "exact" else {}
+    yield from _by_file(
+        {unit: ("duplicate", f"same prompt and response as {_place(of, files)}") for unit, of in found.items()}
+    )
+
+
+def drop_near(
+    _: None, groups: list[tuple[str, np.ndarray]], marks: list[tuple[int, dict]], *, near: float, files: list[str]
 ) -> Iterator[tuple[int, list[Drop]]]:
-    """Which units are duplicates of an earlier one, by file; the order of `groups` and `marks` plays no part."""
-    exact = exact_duplicates(_members(groups, "exact"))
-    drops = {unit: ("duplicate", f"same prompt and response as {_place(of, files)}") for unit, of in exact.items()}
+    """Which units are near duplicates of a kept one, by file; the order of `groups` and `marks` plays no part.
+
+    In one process: whether a unit is kept depends on all before it.
+    """
     members = _members(groups, "near")
-    if near is not None and len(members):
-        paths = sorted(mark["signatures"] for _, mark in marks if mark["signatures"])
-        found = near_duplicates(members, *read_signatures(paths, np.unique(members[:, 1])), near, set(exact))
-        for unit, (of, similarity) in found.items():
-            drops[unit] = ("near_duplicate", f"similarity {similarity:.3f} with {_place(of, files)}")
+    if not len(members):
+        return
+    paths = sorted(mark["signatures"] for _, mark in marks if mark["signatures"])
+    gone = set(exact_duplicates(_members(groups, "exact")))
+    found = near_duplicates(members, *read_signatures(paths, np.unique(members[:, 1])), near, gone)
+    yield from _by_file(
+        {
+            unit: ("near_duplicate", f"similarity {similarity:.3f} with {_place(of, files)}")
+            for unit, (of, similarity) in found.items()
+        }
+    )
+
+
+def _by_file(drops: dict[int, tuple[str, str]]) -> Iterable[tuple[int, list[Drop]]]:
     by_file = defaultdict(list)
     for unit, (reason, detail) in sorted(drops.items()):
         by_file[unit >> _FILE].append((unit & ((1 << _FILE) - 1), reason, detail))
-    yield from by_file.items()
+    return by_file.items()
 
 
 def _members(groups: list[tuple[str, np.ndarray]], kind: str) -> np.ndarray:
@@ -574,14 +593,13 @@ def build(
         | "mark" >> beam.ParDo(Mark(filters, stage)).with_outputs("keys", main="marks")
     )
     groups = keys | "gather" >> beam.GroupByKey() | "together" >> beam.Map(together)
-    lists = [beam.pvalue.AsList(groups), beam.pvalue.AsList(marks)]
-    drops = (
-        pipeline
-        | "one" >> beam.Create([None])
-        | "decide" >> beam.FlatMap(decide, *lists, near=filters.near, files=files)
-    )
+    drops = [groups | "drop exact" >> beam.FlatMap(drop_exact, files=files)]
+    if filters.near is not None:
+        lists = [beam.pvalue.AsList(groups), beam.pvalue.AsList(marks)]
+        one = pipeline | "one" >> beam.Create([None])
+        drops.append(one | "drop near" >> beam.FlatMap(drop_near, *lists, near=filters.near, files=files))
     results = (
-        {"marks": marks, "drops": drops}
+        {"marks": marks, "drops": drops | "drops" >> beam.Flatten()}
         | "by file" >> beam.CoGroupByKey()
         | "write" >> beam.Map(write, files=files, schema=schema, stage=stage, facts=facts)
         | "count" >> beam.Map(count)

@@ -11,11 +11,12 @@ import dataclasses
 import json
 import logging
 import os
+import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -28,9 +29,10 @@ from apache_beam.utils.multi_process_shared import MultiProcessShared
 from apache_beam.utils.shared import Shared
 
 from pipelines import dataset, engines, gpu, io, models, parity, render
-from pipelines import store as stores
 from pipelines.beam import across_processes, count, once, run_stage, shares_disk
 from pipelines.beam import check as check_flags
+from pipelines.pieces import Pieces
+from pipelines.store import Store, space_of
 from schemas.command import share
 from schemas.errors import Reject, UsageError, UserError
 from schemas.feedback import FEEDBACK, REFERENCE_COLUMNS, REJECTED, SCORED, check
@@ -181,9 +183,22 @@ class Kept:
     directory: str | None
     facts: str  # of the space, in JSON
     run: str
+    one_disk: bool = True  # all workers have it: a database, and pieces otherwise
 
-    def open(self) -> stores.Store | None:
-        return stores.opened(self.directory, self.facts, self.run) if self.directory else None
+    def open(self) -> Store | Pieces | None:
+        with _opening:
+            return _opened(self) if self.directory else None
+
+
+_opening = threading.Lock()
+
+
+@cache
+def _opened(kept: Kept) -> Store | Pieces:
+    """The one store object of this process and a run."""
+    assert kept.directory
+    made = Store if kept.one_disk else Pieces
+    return made(kept.directory, json.loads(kept.facts), kept.run)
 
 
 class Scorer(ModelHandler[Chunk, Chunk, Loader]):
@@ -209,7 +224,7 @@ class Scorer(ModelHandler[Chunk, Chunk, Loader]):
         return "una_reference"
 
 
-def score(chunk: Chunk, engine: Callable[[], engines.Engine], store: stores.Store | None = None) -> Chunk:
+def score(chunk: Chunk, engine: Callable[[], engines.Engine], store: Store | Pieces | None = None) -> Chunk:
     """Fill in `logps` of every row that is not rejected; a log-prob that is not finite rejects its row."""
     wanted = [i for i, why in enumerate(chunk.why) if why is None]
     part, start = dataset.part_name(chunk.address.index), time.perf_counter()
@@ -221,9 +236,8 @@ def score(chunk: Chunk, engine: Callable[[], engines.Engine], store: stores.Stor
     missing = sorted(i for i in first.values() if i not in outcome)
     chunk.counts.update(reused=len(outcome), computed=len(missing), repeated=len(wanted) - len(first))
     if missing:
-        for batch in computed(chunk, missing, engine()):
-            if store:
-                store.put({keys[i]: one for i, one in batch.items() if not isinstance(one, Reject)}, part)
+        batches = computed(chunk, missing, engine())
+        for batch in keeping(batches, store, keys, part) if store else batches:
             outcome |= batch
     chunk.logps = [np.empty(0, np.float32)] * len(chunk.why)
     for i in wanted:
@@ -256,6 +270,24 @@ def computed(chunk: Chunk, rows: list[int], engine: engines.Engine) -> Iterator[
                     "see to it and run again: what was scored is in the store"
                 )
         yield {rows[k]: one for k, one in zip(batch, found, strict=True)}
+
+
+def keeping(
+    batches: Iterator[dict[int, np.ndarray | Reject]], store: Store | Pieces, keys: dict[int, bytes], part: str
+) -> Iterator[dict[int, np.ndarray | Reject]]:
+    """Batches as they come, put into the store as often as it likes to be asked, and when there are no more."""
+    waiting: dict[bytes, np.ndarray] = {}
+    last = time.monotonic()
+    try:
+        for batch in batches:
+            waiting |= {keys[i]: one for i, one in batch.items() if not isinstance(one, Reject)}
+            if (now := time.monotonic()) - last >= store.every:
+                store.put(waiting, part)
+                waiting, last = {}, now
+            yield batch
+    finally:
+        if waiting:
+            store.put(waiting, part)
 
 
 def isolated(engine: engines.Engine, prompts: list[list[int]], responses: list[list[int]]) -> list[np.ndarray | Reject]:
@@ -366,7 +398,8 @@ def _apart(found: list[Address]) -> list[Address]:
 
 def write(chunk: Chunk, *, stage: str, facts: dict[str, Any]) -> dataset.Result:
     """Write a chunk's part files and report what became of its rows."""
-    name = dataset.part_name(chunk.address.index)
+    # a worker that was thought lost may write a chunk again, with other rounding: each has names of its own
+    name = f"{dataset.part_name(chunk.address.index)}-{uuid.uuid4().hex[:8]}"
     report = dataset.result(list(chunk.address.index), split=chunk.address.split)
     good = [i for i, why in enumerate(chunk.why) if why is None]
     data = io.PartWriter(f"{stage}/parts/{name}.data.parquet", SCORED, facts)
@@ -477,7 +510,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--server-key-env", default="OPENAI_API_KEY", metavar="NAME", help="where the key is, if any")
     parser.add_argument("--concurrency", type=int, default=16, metavar="N", help="server: requests at a time (16)")
     parser.add_argument(
-        "--store", metavar="DIR", help="where log-probs are kept (default: .NAME.store beside the output)"
+        "--store",
+        metavar="DIR",
+        help="where log-probs are kept, s3:// and gs:// too (default: .NAME.store beside the output)",
     )
     parser.add_argument("--no-store", action="store_true", help="keep no log-probs, and use none that were kept")
     parser.add_argument("--parity-rows", type=int, default=64, metavar="N", help="rows that parity is checked on (64)")
@@ -503,7 +538,8 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     hints = gpu.hints(args)
     args.beam = [*args.beam, *gpu.flags(args)]
     output = args.output.rstrip("/")
-    check_flags(args.beam, args.directory, output)
+    store = store_of(args, output)
+    check_flags(args.beam, args.directory, output, *([store] if store else []))
     model = str(models.local(args.model))
     how = engines.options(args.engine, vars(args))
     mark = fingerprint(
@@ -517,7 +553,8 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     longest = max_length(model, args.max_length, args.engine)
     vocabulary = check_vocabulary(model)
     dataset.refuse(output, [args.directory, model])
-    kept = Kept(store_of(args, output), json.dumps(stores.space_of(mark), sort_keys=True), uuid.uuid4().hex)
+    one_disk = shares_disk(args.beam) and not io.is_remote(store or "")
+    kept = Kept(store, json.dumps(space_of(mark), sort_keys=True), uuid.uuid4().hex, one_disk)
     stage = dataset.prepare(output, args.overwrite)
     tell_others(kept)
     manifest = before.next(
@@ -579,19 +616,12 @@ def check_vocabulary(model: str) -> int:
 
 def store_of(args: argparse.Namespace, output: str) -> str | None:
     """The directory of the store, None without one; `UsageError` where there can be none."""
-    if args.store and io.is_remote(args.store):
-        raise UsageError(
-            f"--store {args.store}: must be a directory of this machine: several processes write it at once, which no "
-            "object store allows"
-        )
-    if args.store and not shares_disk(args.beam):
-        raise UsageError(f"--store {args.store}: workers on other machines share no directory; leave it out")
     if args.no_store:
         return None
-    if not shares_disk(args.beam) or (io.is_remote(output) and not args.store):
-        log.warning("log-probs are not kept: %s; a run that is cut short begins anew", "there is no directory for them")
-        return None
-    return os.path.abspath(args.store or dataset.staging(output).removesuffix(".incomplete") + ".store")
+    store = (args.store or dataset.staging(output).removesuffix(".incomplete") + ".store").rstrip("/")
+    if store.startswith("hf://") or any(c in store for c in "*?["):
+        raise UsageError(f"--store {store}: must be a directory, here or in a bucket (s3://, gs://)")
+    return store if io.is_remote(store) else os.path.abspath(store)
 
 
 def tell_others(kept: Kept) -> None:

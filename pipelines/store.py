@@ -1,5 +1,7 @@
 """Reference log-probs that were computed once: a content-addressed store in one SQLite file that processes share.
 
+Where they share no disk, `pieces` has the same.
+
 A key is a hash of a row's token ids and of all that its log-probs depend on (the space: weights, adapter, dtype,
 engine, …), so that nothing is found that another reference said, and nothing is computed again because a row moved,
 another dataset holds it, or a setting changed that changes no log-prob. What `put` was given is on the disk when it
@@ -16,7 +18,6 @@ import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,27 @@ def _hash(*parts: bytes) -> bytes:
     return made.digest()
 
 
-class Store:
+class Keyed:
+    """Names the entries of one space."""
+
+    def __init__(self, space: Mapping[str, Any]):
+        self.facts = dict(space)
+        self.space = _hash(json.dumps(self.facts, sort_keys=True).encode())
+
+    def key(self, prompt: Sequence[int], response: Sequence[int]) -> bytes:
+        """128 bits over the space and the token ids."""
+        return _hash(self.space, np.asarray(prompt, np.int64).tobytes(), np.asarray(response, np.int64).tobytes())
+
+
+class Store(Keyed):
     """The entries of one space in a directory, as one run sees them. For any number of threads."""
 
+    every = 0.0  # seconds between two calls of `put`: none
+
     def __init__(self, directory: str | Path, space: Mapping[str, Any], run: str):
+        super().__init__(space)
         self.path = Path(directory) / NAME
-        facts = json.dumps(dict(space), sort_keys=True)
-        self.space, self._run, self._lock = _hash(facts.encode()), _hash(run.encode())[:8], threading.Lock()
+        self._run, self._lock = _hash(run.encode())[:8], threading.Lock()
         with self._told():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.path, timeout=120, isolation_level=None, check_same_thread=False)
@@ -65,11 +80,8 @@ class Store:
             if version not in (0, _VERSION):
                 raise UserError(f"{self.path}: written by another una (version {version}); name another --store")
             self._db.executescript(f"{_TABLES}PRAGMA user_version = {_VERSION};")
+            facts = json.dumps(self.facts, sort_keys=True)
             self._db.execute("INSERT OR IGNORE INTO spaces VALUES (?, ?)", (self.space, facts))
-
-    def key(self, prompt: Sequence[int], response: Sequence[int]) -> bytes:
-        """128 bits over the space and the token ids."""
-        return _hash(self.space, np.asarray(prompt, np.int64).tobytes(), np.asarray(response, np.int64).tobytes())
 
     def get(self, keys: Sequence[bytes], part: str = "") -> dict[bytes, np.ndarray]:
         """The log-probs of those keys that are there, but for what other parts of this run have put."""
@@ -132,9 +144,3 @@ class Store:
 
 
 _CURE = "move it away, and its rows are scored again"
-
-
-@cache
-def opened(directory: str, facts: str, run: str) -> Store:
-    """The one store object of this process for a directory, a space (in JSON) and a run."""
-    return Store(directory, json.loads(facts), run)

@@ -1,6 +1,7 @@
 """Reference log-probs: both engines against a plain loop over full logits, rejections, and bad input."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from pipelines import dataset, engines, io, reference
 from pipelines.engines.transformers import batches, bundles
-from schemas.errors import Reject
+from schemas.errors import Reject, UserError
 from schemas.feedback import check, check_comparisons
 from schemas.manifest import Manifest
 
@@ -233,23 +234,55 @@ def test_two_processes_write_the_same_bytes_with_one_store(una, rows, tmp_path, 
     assert Manifest.read(tmp_path / "two").statistics["scoring"]["computed"] == 0
 
 
+DYING = """
+import os, signal
+from pipelines import store
+put, calls = store.Store.put, []
+def dying(self, entries, part=""):
+    put(self, entries, part)
+    calls.append(part)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+store.Store.put = dying
+"""
+
+
+def test_a_killed_worker_is_told_and_its_batches_are_kept(una, rows, tmp_path, tiny_model):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(DYING)
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}:{REPO}"}
+    argv = ["reference", rows, "--model", tiny_model, "--output", tmp_path / "s", "--batch-tokens", "300"]
+    done = una(*argv, "--no-parity", *TWO, env=env)
+    assert (done.returncode, "error: a worker process ended" in done.stderr) == (1, True), done.stderr
+    assert not (tmp_path / "s").exists()
+    assert una(*argv, "--no-parity").returncode == 0
+    counts = Manifest.read(tmp_path / "s").statistics["scoring"]
+    assert counts["reused"] >= 3
+    assert counts["computed"] > 0
+
+
 KILLED = """
 import os, signal, sys
-from pipelines import cli, store
-put = store.Store.put
-def killed(self, entries, part=""):
-    put(self, entries, part)
-    killed.batches += 1
-    if killed.batches == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-killed.batches = 0
-store.Store.put = killed
+from pipelines import cli, pieces, store
+def dying(put):
+    def killed(self, entries, part=""):
+        put(self, entries, part)
+        dying.batches += 1
+        if dying.batches == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return killed
+dying.batches = 0
+store.Store.put, pieces.Pieces.put = dying(store.Store.put), dying(pieces.Pieces.put)
+pieces.Pieces.every = 0.0
 cli.main(sys.argv[1:])
 """
 
 
-def test_a_killed_job_loses_no_batch_that_was_scored(una_here, rows, tmp_path, tiny_model):
+@pytest.mark.parametrize("where", ["beside the output", "in a bucket"])
+def test_a_killed_job_loses_no_batch_that_was_scored(una_here, rows, tmp_path, tiny_model, where, request):
     argv = ["reference", rows, "--model", tiny_model, "--output", tmp_path / "s", "--batch-tokens", "300"]
+    if where == "in a bucket":
+        argv += ["--store", f"{request.getfixturevalue('bucket').url}/store"]
     code = [sys.executable, "-c", KILLED, *map(str, argv), "--no-parity"]
     assert subprocess.run(code, cwd=REPO, capture_output=True).returncode == -signal.SIGKILL
     assert not (tmp_path / "s").exists()
@@ -262,6 +295,10 @@ def test_a_killed_job_loses_no_batch_that_was_scored(una_here, rows, tmp_path, t
     expected = plain_loop(tiny_model, table["prompt_ids"].to_pylist(), table["response_ids"].to_pylist())
     for found, want in zip(table["ref_logps"].to_pylist(), expected, strict=True):
         np.testing.assert_allclose(found, want, atol=1e-4)
+    if where == "in a bucket":  # another run says what of it is not used
+        code, _, err = una_here(*argv, "--overwrite", "--dtype", "bfloat16")
+        assert (code, "log-probs of another reference (dtype differ) are not used" in err) == (0, True), err
+        assert Manifest.read(tmp_path / "s").statistics["scoring"]["reused"] == 0
 
 
 def test_copies_of_an_engine_share_a_batch(tiny_model):
@@ -275,15 +312,55 @@ def test_copies_of_an_engine_share_a_batch(tiny_model):
     agree(two.score(prompts, responses), plain_loop(tiny_model, prompts, responses))
 
 
-def test_an_adapter_is_part_of_the_reference(una_here, rows, tmp_path, tiny_model):
+@pytest.fixture
+def adapted(tiny_model):
+    """Makes a LoRA adapter of some layers in a directory, and returns the adapted model."""
     import peft
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(0)
-    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
-    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), lora)
-    adapted.save_pretrained(tmp_path / "adapter")
-    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    def make(directory, layers):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=layers, init_lora_weights=False)
+        model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
+        model.save_pretrained(directory)
+        return model
+
+    return make
+
+
+@pytest.mark.vllm
+def test_vllm_scores_with_an_adapter(tiny_model, adapted, tmp_path):
+    """Several rows in a step: vLLM adapts the head by itself, which fails at the positions of prompts."""
+    pytest.importorskip("vllm")
+    from pipelines.engines import vllm
+
+    adapted(tmp_path / "adapter", "all-linear").merge_and_unload().save_pretrained(tmp_path / "merged")
+    given = {"dtype": "float32", "batch_tokens": 1024, "max_length": 256, "adapter": str(tmp_path / "adapter")}
+    prompts, responses = sequences(n=12, vocabulary=118)
+    engine = engines.load("vllm", str(tiny_model), **given)
+    try:
+        found = engine.score(prompts, responses)
+    finally:
+        vllm._shut_down(engine.llm.llm_engine.engine_core)
+    agree(found, plain_loop(tmp_path / "merged", prompts, responses), 1e-3)
+    without = plain_loop(tiny_model, prompts, responses)
+    assert min(np.abs(a - b).max() for a, b in zip(found, without, strict=True)) > 1e-2
+
+
+def test_vllm_is_told_the_adapters_layers_and_refuses_an_adapted_head(adapted, tmp_path):
+    from pipelines.engines import vllm
+
+    adapted(tmp_path / "few", ["q_proj", "down_proj"])
+    options = vllm.lora(str(tmp_path / "few"))
+    assert options["lora_target_modules"] == ["down_proj", "q_proj"]
+    assert options["max_lora_rank"] == 8
+    adapted(tmp_path / "head", ["q_proj", "lm_head"])
+    with pytest.raises(UserError, match=r"adapts the head.*--engine transformers"):
+        vllm.lora(str(tmp_path / "head"))
+
+
+def test_an_adapter_is_part_of_the_reference(una_here, rows, tmp_path, tiny_model, adapted):
+    adapted(tmp_path / "adapter", "all-linear").merge_and_unload().save_pretrained(tmp_path / "merged")
     argv = ["reference", rows, "--model", tiny_model, "--store", tmp_path / "store", "--adapter"]
     code, _, err = una_here(*argv, tmp_path / "adapter", "--output", tmp_path / "s")
     assert code == 0, err
@@ -343,7 +420,7 @@ def test_a_template_without_system_turns_rejects_the_rows_that_have_one(una_here
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--store", "s3://bucket/store"], "must be a directory of this machine"),
+        (["--store", "hf://datasets/u/n"], "must be a directory, here or in a bucket"),
         (["--store", "x", "--no-store"], "goes against --store"),
         (["--parity-rows", "0"], "--no-parity"),
         (["--parity-tolerance", "nan"], "a number of nats"),

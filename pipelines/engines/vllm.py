@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from pipelines import models
 from pipelines.engines import device_of
@@ -175,7 +176,7 @@ def load(
     log.info("vLLM: %s", sizes.why)
     options: dict[str, Any] = {"gpu_memory_utilization": sizes.share} if gpu else {}
     options |= {"quantization": quantization} if quantization else {}
-    options |= {"enable_lora": True, "max_lora_rank": rank(adapter), "max_loras": 1} if adapter else {}
+    options |= lora(adapter) if adapter else {}
     llm = start(
         model,
         dtype=dtype,
@@ -225,6 +226,24 @@ def rank(adapter: str) -> int:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{adapter}: no LoRA adapter here ({error})") from None
     return next((n for n in (8, 16, 32, 64, 128, 256, 320, 512) if n >= own), own)
+
+
+def lora(adapter: str) -> dict[str, Any]:
+    """vLLM's options for an adapter: its rank, and its layers alone.
+
+    Left to itself vLLM adapts the head too, adapter or not, and an adapted head fails at the positions of a prompt.
+    """
+    try:
+        with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:
+            layers = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in file.keys()})  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{adapter}: no LoRA adapter here ({error})") from None
+    if "lm_head" in layers:
+        raise UserError(
+            f"{adapter}: adapts the head (lm_head), with which vLLM gives no log-probs of prompts; merge it into the "
+            "weights, or take --engine transformers"
+        )
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank(adapter), "lora_target_modules": layers}
 
 
 def start(model: str, **options: Any) -> Any:
