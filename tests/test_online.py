@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from pipelines import prompts
 from schemas.errors import UsageError, UserError
-from una_train import alarms, data, offsets, online, rounds
+from una_train import alarms, data, offsets, online, rollouts, rounds
 from una_train import config as settings
 from una_train.objective import Objectives
 
@@ -202,11 +202,11 @@ def test_a_run_that_is_killed_in_a_round_ends_as_if_it_had_not_been(asked, tiny_
     assert whole in (1, 2)
 
     asked_for = []
-    sample = online.TransformersSampler.sample
+    sample = rollouts.TransformersSampler.sample
     monkeypatch.setattr(
-        online.TransformersSampler,
+        rollouts.TransformersSampler,
         "sample",
-        lambda self, p, **how: asked_for.append(len(p)) or sample(self, p, **how),
+        lambda self, p, *how: asked_for.append(len(p)) or sample(self, p, *how),
     )
     una_online(asked, tiny_model, reward, tmp_path / "cut", more, "--resume")
     assert sum(asked_for) == 3 * (4 - whole - 1)  # nothing that was sampled is sampled again
@@ -429,7 +429,7 @@ def test_repetition_is_the_share_of_4_grams_that_came_before():
 @given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 9))
 def test_every_prompt_comes_once_in_each_pass(count, size, seed):
     config = dataclasses.replace(settings.OnlineConfig(), prompts_per_round=size, seed=seed)
-    rounds_ = [online._places(count, number, config) for number in range(1, 8)]
+    rounds_ = [rollouts.places_of(count, number, config) for number in range(1, 8)]
     assert {len(one) for one in rounds_} == {min(size, count)}
     stream = [place for one in rounds_ for place in one]
     for start in range(0, len(stream) - count + 1, count):
@@ -484,14 +484,14 @@ def test_rounds_sampled_by_vllm_have_the_policys_weights_and_survive_its_death(
     pytest.importorskip("vllm")
     from test_sampling import cores, kill_engine
 
-    forget, others = online.Sampling.forget, cores()
+    forget, others = rollouts.Sampling.forget, cores()
 
     def killed(self, number):
         if number == 2:
             kill_engine(others)
         forget(self, number)
 
-    monkeypatch.setattr(online.Sampling, "forget", killed)
+    monkeypatch.setattr(rollouts.Sampling, "forget", killed)
     una_online(asked, tiny_model, vowels, tmp_path / "run", ["engine=vllm", "rounds=3", "batch_size=12", *more])
     assert "starting it again" in caplog.text
     for line in lines(tmp_path / "run"):  # log π_θ of the trainer, before its step, is that of the engine
