@@ -151,6 +151,10 @@ class Sampler(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Let go of what it holds outside of this process; nothing is sampled afterwards."""
+        ...
+
 
 def load_sampler(
     name: str,

@@ -53,6 +53,9 @@ class TransformersSampler:
                     found[i] = sampled[k * n : (k + 1) * n]
         return found
 
+    def close(self) -> None:
+        """Nothing is held."""
+
     def _batch(self, prompts: list[list[int]], n: int, u: Tensor, how: Decoding) -> list[Sampled]:
         """`n` samples of each prompt; a prompt is read once. `u` [B, most]: the random numbers."""
         device = next(self.model.parameters()).device

@@ -31,11 +31,11 @@ from pipelines.evaluation.models import Contestant
 from pipelines.evaluation.rewards import Rewarded
 from pipelines.label import Voice, voices_of
 from pipelines.labellers.base import Score
+from pipelines.models import local
 from pipelines.report.evaluation import FILE, evaluation_page
 from pipelines.report.page import shown
 from schemas.command import share
 from schemas.errors import UsageError
-from schemas.fingerprint import local_model
 
 log = logging.getLogger(__name__)
 FILES = ("samples.parquet", "rewards.parquet", "comparisons.parquet", "rejected.parquet", "report.html", FILE)
@@ -83,7 +83,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     harness = suites.Harness(suite) if suite else None
     asked, refused = questions.read(args.prompts, args.split, args.limit) if args.prompts else ([], [])
     held_out = calibration.read(args.dataset, args.split, args.limit) if args.dataset else None
-    reference = str(local_model(args.reference)) if args.reference else None
+    reference = str(local(args.reference)) if args.reference else None
     output = args.output.rstrip("/")
     if io.is_remote(output):
         raise UsageError(f"--output {output}: must be a directory of this machine")

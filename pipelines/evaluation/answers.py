@@ -156,7 +156,7 @@ def _sample(contestant: Contestant, questions: Sequence[Question], how: How) -> 
             done += [answer for of in part for answer in of]
             log.info("%s: %d of %d prompts", contestant.name, min(start + _AT_ONCE, len(now)), len(now))
         now = [[_next(answer)] for of in now for answer in of if answer.turn < len(answer.question.later)]
-    release(sampler)
+    sampler.close()
     return done
 
 
@@ -212,10 +212,8 @@ def score(answers: Sequence[Answer], reference: str, how: How) -> None:
 
 
 def release(engine: Any) -> None:
-    """Let go of an engine, so that the next one has the memory."""
-    if close := getattr(engine, "close", None):  # what samples
-        close()
-    elif (llm := getattr(engine, "llm", None)) is not None:
+    """Let go of an engine that scores, so that the next one has the memory."""
+    if (llm := getattr(engine, "llm", None)) is not None:
         llm.llm_engine.engine_core.shutdown()
     gc.collect()
 
