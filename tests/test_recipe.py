@@ -10,7 +10,9 @@ from conftest import REPO, write_jsonl
 from pipelines import cli, recipe
 from schemas.errors import UsageError
 
-RUN = tuple(stage for stage in recipe.STAGES if stage not in ("label", "online", "eval"))  # of a recipe without such sections
+RUN = tuple(
+    stage for stage in recipe.STAGES if stage not in ("label", "online", "eval")
+)  # of a recipe without such sections
 
 
 @pytest.fixture

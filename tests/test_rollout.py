@@ -98,6 +98,22 @@ def test_what_becomes_of_responses_that_do_not_end(tiny_model, policy):
         assert [why.reason for _, why in left_out] == ["unfinished"]
 
 
+def test_prompts_in_the_shapes_that_files_have(tmp_path):
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    records = [
+        {"instruction": "Add", "input": "1 2", "answer": 3},
+        {"question": "Who?", "prompt": None},
+        {"messages": said, "system": "Be kind", "prompt": json.dumps(said)},
+        "Alone",
+    ]
+    found, refused = prompts.usable(str(write_jsonl(tmp_path / "p.jsonl", records)))
+    assert not refused
+    assert [[turn["content"] for turn in one.messages] for one in found] == [
+        ["Add\n1 2"], ["Who?"], ["Be kind", "Hi"], ["Alone"]
+    ]  # fmt: skip
+    assert [one.metadata.get("answer") for one in found] == [3, None, None, None]
+
+
 def test_prompts_of_a_dataset_come_once(una_here, asked, tiny_model, tmp_path):
     call(una_here, asked, tiny_model, tmp_path / "out")
     report = call(una_here, tmp_path / "out", tiny_model, tmp_path / "again", "--seed", "1")
