@@ -30,15 +30,8 @@ STAGES = ("ingest", "filter", "label", "reference", "publish", "train", "online"
 KEYS = ("output", "model", "input", *STAGES)
 OPTIONAL = ("filter", "label", "online", "eval")  # left out where the recipe has no such section
 RUNS = ("train", "online")  # stages that leave a run directory, and go on from its checkpoint
-ONLINE = (
-    "prompts",
-    "reward",
-    "held_out_reward",
-    "offline",
-    "server",
-    "server_model",
-    "server_key_env",
-)  # of its section; the others are settings
+# of its section; the others are settings
+ONLINE = ("prompts", "reward", "held_out_reward", "offline", "server", "server_model", "server_key_env")
 OURS = ("output", "model", "overwrite", "resume", "json", "help")  # what a stage's section cannot set
 STATE = "stages.json"
 

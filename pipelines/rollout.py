@@ -284,7 +284,9 @@ def commit(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `una rollout`."""
     parser.add_argument("prompts", metavar="PROMPTS", help="a file of prompts, or a dataset directory")
-    parser.add_argument("--model", required=True, help="what samples: a model's directory, or a hub id")
+    parser.add_argument(
+        "--model", required=True, help="what samples: a model's directory, here or in a store, or a hub id"
+    )
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter to it")
     parser.add_argument("--output", required=True, metavar="DIR", help="the dataset directory to write")
     parser.add_argument("--samples", type=int, default=4, metavar="N", help="responses to each prompt (4)")

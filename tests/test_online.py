@@ -302,6 +302,8 @@ def test_a_round_whose_rewards_are_all_0_takes_no_step(asked, tiny_model, tmp_pa
     reward = rule(tmp_path / "rule", "def score(p, r, m):\n    return 0\n")
     una_online(asked, tiny_model, reward, tmp_path / "run", ["rounds=1", "offset.scalar=ema"])
     assert "rewards are 0, so none is better than another; no step is taken" in caplog.text
+    una_online(asked, tiny_model, reward, tmp_path / "cut", ["rounds=1", "offset.scalar=ema", "missing_eos=penalize"])
+    assert "no step is taken (12 of 12 no end: penalised)" in caplog.text
     assert same(weights(tmp_path / "run"), load_file(tiny_model / "model.safetensors"))
 
 

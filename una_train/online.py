@@ -52,7 +52,9 @@ OFFLINE, REPLAY = 1, 2  # what random numbers of a round are for
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", metavar="PROMPTS", help="a file of prompts, or a dataset directory")
-    parser.add_argument("--model", required=True, help="what is trained, and the reference: a directory, or a hub id")
+    parser.add_argument(
+        "--model", required=True, help="what is trained, and the reference: a directory, a store's, or a hub id"
+    )
     parser.add_argument("--reward", required=True, metavar="SPEC", help="a labeller, as in una label --labeller")
     parser.add_argument(
         "--held-out-reward", metavar="SPEC", help="a labeller that is not trained on: an alarm tells when it disagrees"
@@ -197,7 +199,8 @@ def train(accelerator: Accelerator, job: Job, checkpoint: Path | None, resumed: 
         told = rounds.facts(this) | {"beta": at.beta_factor * config.beta["scalar"]}
         rows, judged, norm = Mixed(fresh, 0, 0), list[Judged](), None
         if words := _nothing_to_learn(fresh, config):
-            log.warning("round %d: %s; no step is taken", number, words)
+            decided = ", ".join(f"{n} of {len(this.places)} {what}" for what, n in told["decided"].items())
+            log.warning("round %d: %s; no step is taken%s", number, words, decided and f" ({decided})")
         else:
             rows = mixed(fresh, list(earlier), job.offline, number, config)
             judged, norm = _steps(number, rows.split, parts, job, at)
