@@ -1,8 +1,8 @@
 """Prompts that responses are to be sampled to: out of files of prompts, and out of dataset directories.
 
-A record's prompt is its `prompt` (a text, or messages), or its `messages` or `conversations` up to the last turn of the
-user; all else that it holds is metadata, which rules may ask for. A dataset gives each of its prompts once. Nothing
-here knows Beam or models.
+A record's prompt is its `prompt` (a text, or messages), its `messages` or `conversations` up to the last turn of the
+user, or its `instruction` (and `input`) or `question`; all else that it holds is metadata, which rules may ask for. A
+dataset gives each of its prompts once. Nothing here knows Beam or models.
 """
 
 from collections import Counter
@@ -18,7 +18,7 @@ from schemas.errors import Reject, UserError
 from schemas.feedback import Message, prompt_id
 from schemas.manifest import NAME
 
-NAMES = ("prompt", "messages", "conversations")
+NAMES = ("prompt", "messages", "conversations", "instruction", "question")
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,23 @@ def _prompt(raw: readers.Raw, place: int) -> Prompt:
     name = next((name for name in NAMES if record.get(name) is not None), None)
     if name is None:
         raise Reject("missing_field", f"none of {', '.join(NAMES)} in a record of {', '.join(map(str, record))[:100]}")
-    turns = messages.with_system(record, messages.conversation(record[name], name))
+    turns = messages.with_system(record, opening(record, name))
+    check(turns)
+    about = {key: value for key, value in record.items() if key not in (name, *NAMES[:3], *messages.SYSTEM)}
+    return Prompt(turns, about, prompt_id(turns), place)
+
+
+def opening(record: dict[str, Any], name: str) -> list[Message]:
+    """The conversation of a record's field up to the last turn of the user."""
+    value = record[name]
+    if isinstance(value, str) and value.lstrip().startswith("[{"):  # a table's cell
+        value = messages.listed(value, name)
+    if name == "instruction" and (given := record.get("input")):
+        value = "\n".join(messages.text(one, name) for one in (value, given))
+    turns = messages.conversation(value, name)
     while turns and turns[-1]["role"] == "assistant":  # what was answered then
         turns = turns[:-1]
-    check(turns)
-    about = {key: value for key, value in record.items() if key not in (*NAMES, *messages.SYSTEM)}
-    return Prompt(turns, about, prompt_id(turns), place)
+    return turns
 
 
 def check(turns: list[Message]) -> None:

@@ -1,6 +1,7 @@
-"""`una run RECIPE.yaml`: ingest, filter and label, reference, publish, train, online, report.
+"""`una run RECIPE.yaml`: ingest, filter and label, reference, publish, train, online, eval, report.
 
-Filter, label and online are there where the recipe has such sections. Online goes on from the policy that was trained.
+Filter, label, online and eval are there where the recipe has such sections. Online goes on from the policy that was
+trained, and eval compares what came of it with the model.
 
 A recipe names an output directory, a model, input files, and options per stage under the names the
 commands use. A stage whose inputs and parameters are those of its last finished run is skipped; what
@@ -25,11 +26,12 @@ from schemas.fingerprint import fingerprint
 from schemas.manifest import NAME, Manifest, sha256
 
 log = logging.getLogger(__name__)
-STAGES = ("ingest", "filter", "label", "reference", "publish", "train", "online", "report")
+STAGES = ("ingest", "filter", "label", "reference", "publish", "train", "online", "eval", "report")
 KEYS = ("output", "model", "input", *STAGES)
-OPTIONAL = ("filter", "label", "online")  # left out where the recipe has no such section
+OPTIONAL = ("filter", "label", "online", "eval")  # left out where the recipe has no such section
 RUNS = ("train", "online")  # stages that leave a run directory, and go on from its checkpoint
-ONLINE = ("prompts", "reward", "held_out_reward", "offline")  # of its section; the others are settings
+# of its section; the others are settings
+ONLINE = ("prompts", "reward", "held_out_reward", "offline", "server", "server_model", "server_key_env")
 OURS = ("output", "model", "overwrite", "resume", "json", "help")  # what a stage's section cannot set
 STATE = "stages.json"
 
@@ -75,13 +77,12 @@ def read(path: str, changes: list[str]) -> dict[str, Any]:
 def stages(recipe: dict[str, Any]) -> list[Stage]:
     """The stages a recipe asks for, in order; a section set to false leaves its stage out."""
     wanted = [name for name in STAGES if recipe.get(name) is not False and (name not in OPTIONAL or recipe.get(name))]
-    if {"reference", *RUNS} & set(wanted) and not recipe.get("model"):
+    if {"reference", "eval", *RUNS} & set(wanted) and not recipe.get("model"):
         raise UsageError("the recipe has no 'model'; give one, or set reference: false and train: false")
     output, model = str(recipe["output"]).rstrip("/"), str(recipe.get("model"))
-    if io.is_remote(output) and set(RUNS) & set(wanted):
-        raise UsageError(f"output {output}: training writes to a local directory; name one, or set train: false")
+    if io.is_remote(output) and (local := [name for name in (*RUNS, "eval") if name in wanted]):
+        raise UsageError(f"output {output}: {local[0]} writes to a local directory; name one, or set {local[0]}: false")
     paths = [recipe["input"]] if isinstance(recipe["input"], str) else list(recipe["input"])
-    of = {name: options(recipe.get(name), name) for name in wanted if name not in RUNS}
     out = {name: f"{output}/{name}" for name in STAGES}
     clean = out["filter"] if "filter" in wanted else out["ingest"]
     rows = out["label"] if "label" in wanted else clean
@@ -96,6 +97,10 @@ def stages(recipe: dict[str, Any]) -> list[Stage]:
 
     policy = f"{out['train']}/policy" if "train" in wanted else model
     runs = [out[name] for name in RUNS if name in wanted]
+    sections = {name: recipe.get(name) for name in wanted if name not in RUNS}
+    if "eval" in wanted:
+        sections["eval"] = _eval(recipe["eval"], model if runs else None, last if "publish" in wanted else None)
+    of = {name: options(section, name) for name, section in sections.items()}
 
     def online() -> Stage:
         section, given = _online(recipe, paths, last if "publish" in wanted else None)
@@ -151,6 +156,12 @@ def stages(recipe: dict[str, Any]) -> list[Stage]:
             with_model(last),
         ),
         "online": online,
+        "eval": lambda: Stage(
+            "eval",
+            [runs[-1] if runs else model, "--output", out["eval"], *of["eval"]],
+            f"{out['eval']}/evaluation.json",
+            lambda: [_contestant(runs[-1] if runs else model), _eval_inputs(sections["eval"] or {})],
+        ),
         "report": lambda: Stage(
             "report",
             [runs[-1] if runs else last, "--output", f"{output}/report.html", *of["report"]],
@@ -244,6 +255,44 @@ def _online_inputs(recipe: dict[str, Any], paths: list[str]) -> list[Any]:
     prompts = str(section.get("prompts") or paths[0])
     files = [f"{prompts}/{NAME}"] if io.exists(f"{prompts}/{NAME}") else io.expand([prompts])
     return [_hashes(files), _labellers([word for spec in specs for word in ("--labeller", str(spec))])]
+
+
+def _eval(section: Any, model: str | None, published: str | None) -> Any:
+    """The section, with the model to compare a run with, and the published dataset's prompts where it names none."""
+    if not isinstance(section, dict):
+        return section  # `options` says that it must be one
+    section = dict(section)
+    if section.get("reward") and not section.get("prompts") and published:
+        section["prompts"] = published
+    if model and not section.get("against"):
+        section["against"] = [model]
+    if model and section.get("prompts") and not section.get("reference"):
+        section["reference"] = model
+    return section
+
+
+def _eval_inputs(section: dict[str, Any]) -> list[Any]:
+    """What an evaluation depends on beside its first model and its options."""
+    others = [one for name in ("against", "reference") for one in _listed(section.get(name))]
+    datasets = [one for name in ("prompts", "dataset") for one in _listed(section.get(name))]
+    rewards = [word for spec in _listed(section.get("reward")) for word in ("--labeller", spec)]
+    files = [f"{one}/{NAME}" if io.exists(f"{one}/{NAME}") else one for one in datasets]
+    return [[_contestant(one) for one in others], _hashes(io.expand(files) if files else []), _labellers(rewards)]
+
+
+def _listed(value: Any) -> list[str]:
+    return [str(one) for one in value] if isinstance(value, list) else [str(value)] if value else []
+
+
+def _contestant(given: str) -> Any:
+    """What tells a model, a training run or a file of outputs, perhaps named, from what was there before."""
+    path = given if io.exists(given) else given.partition("=")[2] or given
+    run = f"{path.rstrip('/')}/run.json"
+    if io.exists(run) or io.ending(path) in io.ENDINGS:
+        return _hashes([run if io.exists(run) else path])
+    return _hashes(
+        sorted(str(file) for file in models.local(path).iterdir() if file.suffix in (".json", ".safetensors"))
+    )
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -19,8 +19,8 @@ import apache_beam as beam
 import pyarrow as pa
 from apache_beam.ml.inference.base import ModelHandler, RunInference
 
-from pipelines import dataset, engines, io, prompts, render
-from pipelines.beam import across_processes, count, once, run_stage
+from pipelines import dataset, engines, io, models, prompts, render
+from pipelines.beam import across_processes, count, once, run_stage, shares_disk
 from pipelines.beam import check as check_flags
 from pipelines.engines import Sampled
 from pipelines.labellers.rows import metadata_of
@@ -30,7 +30,7 @@ from schemas import feedback
 from schemas.command import share
 from schemas.errors import Reject, UsageError, UserError
 from schemas.feedback import FEEDBACK, REJECTED, Row
-from schemas.fingerprint import fingerprint, local_model
+from schemas.fingerprint import fingerprint
 from schemas.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -42,24 +42,20 @@ MISSING_EOS = {
 PROMPTS = pa.schema([FEEDBACK.field("prompt"), pa.field("metadata", pa.string()), pa.field("place", pa.int64())])
 
 
-@dataclasses.dataclass(frozen=True)
-class Asked:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked(engines.Decoding):
     """What is sampled of each prompt, and what becomes of it."""
 
-    samples: int
-    temperature: float
-    top_p: float
-    max_new_tokens: int
     seed: int
     missing_eos: str
     longest: int  # prompt plus room for a response, in tokens
     source: str
-    model: str  # of the fingerprint, what tells the weights
+    weights: str  # of the fingerprint, what tells them
 
     @property
     def facts(self) -> dict[str, Any]:
         """What a row says of how it was sampled."""
-        return {"temperature": self.temperature, "top_p": self.top_p, "weights": self.model}
+        return {"temperature": self.temperature, "top_p": self.top_p, "weights": self.weights}
 
 
 @dataclasses.dataclass
@@ -89,7 +85,7 @@ class Sample(ModelHandler[tuple[int, str], Chunk, engines.Sampler]):
     def run_inference(
         self, batch: Sequence[tuple[int, str]], model: engines.Sampler, inference_args: Any = None
     ) -> list[Chunk]:
-        self._renderer = self._renderer or render.load(self._model)
+        self._renderer = self._renderer or render.load(models.local(self._model))
         return [
             sampled(Chunk(number, self._path, _read(path), []), self._renderer, model, self._asked)
             for number, path in batch
@@ -120,17 +116,11 @@ def sampled(chunk: Chunk, renderer: render.Renderer, sampler: engines.Sampler, a
             ids.append([])
             chunk.sampled.append(why)
     wanted = [i for i, one in enumerate(chunk.sampled) if not isinstance(one, Reject)]
-    found = sampler.sample(
-        [ids[i] for i in wanted],
-        n=asked.samples,
-        temperature=asked.temperature,
-        top_p=asked.top_p,
-        max_new_tokens=asked.max_new_tokens,
-        seeds=[seed_of(asked.seed, chunk.prompts[i].id) for i in wanted],
-    )
+    seeds = [seed_of(asked.seed, chunk.prompts[i].id) for i in wanted]
+    found = sampler.sample([ids[i] for i in wanted], asked, seeds)
     for i, of in zip(wanted, found, strict=True):
         chunk.sampled[i] = of
-    log.info("sampled %d responses to prompts from %d", asked.samples * len(wanted), chunk.prompts[0].place)
+    log.info("sampled %d responses to prompts from %d", asked.n * len(wanted), chunk.prompts[0].place)
     return chunk
 
 
@@ -141,7 +131,7 @@ def seed_of(seed: int, prompt_id: str) -> int:
 
 def write(chunk: Chunk, *, model: str, asked: Asked, stage: str, facts: dict[str, Any]) -> dataset.Result:
     """Write a chunk's rows and what was left out, and report."""
-    renderer = render.load(model)
+    renderer = render.load(models.local(model))
     name = dataset.part_name([1, chunk.number])
     report = dataset.result([1, chunk.number])
     rows: list[Row] = []
@@ -294,7 +284,9 @@ def commit(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `una rollout`."""
     parser.add_argument("prompts", metavar="PROMPTS", help="a file of prompts, or a dataset directory")
-    parser.add_argument("--model", required=True, help="what samples: a model's directory, or a hub id")
+    parser.add_argument(
+        "--model", required=True, help="what samples: a model's directory, here or in a store, or a hub id"
+    )
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter to it")
     parser.add_argument("--output", required=True, metavar="DIR", help="the dataset directory to write")
     parser.add_argument("--samples", type=int, default=4, metavar="N", help="responses to each prompt (4)")
@@ -312,7 +304,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--source", metavar="NAME", help="the rows' source (default: rollout-NAME of the prompts)")
-    parser.add_argument("--engine", choices=("transformers", "vllm", "server"), default="transformers")
+    parser.add_argument("--engine", choices=tuple(engines.ENGINES), default="transformers")
+    engines.add_server_arguments(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batch-tokens", type=int, default=65536, metavar="N", help="tokens in memory at once (65536)")
     parser.add_argument("--chunk-prompts", type=int, default=256, metavar="N", help="prompts of a unit of work (256)")
@@ -322,66 +315,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> dict[str, Any]:
     """`una rollout`: returns the summary that `--json` prints."""
-    for name, least in (("samples", 1), ("max_new_tokens", 1), ("batch_tokens", 1), ("chunk_prompts", 1), ("seed", 0)):
+    for name, least in (("samples", 1), ("batch_tokens", 1), ("chunk_prompts", 1), ("seed", 0)):
         if getattr(args, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
-    if not 0 < args.top_p <= 1 or not 0 <= args.temperature < float("inf"):
-        raise UsageError(f"--top-p {args.top_p:g} --temperature {args.temperature:g}: 0 < P ≤ 1 and 0 ≤ T")
-    model = str(local_model(args.model))
+    decoding = engines.Decoding(args.max_new_tokens, args.samples, args.temperature, args.top_p)
+    how = engines.options(args.engine, {**engines.DEFAULTS, **vars(args)})
+    model, adapter = str(models.local(args.model)), args.adapter and str(models.local(args.adapter))
     renderer = render.load(model)
-    mark = fingerprint(model, dtype=args.dtype, engine=args.engine, engine_version=_version(args.engine))
+    mark = fingerprint(
+        model,
+        dtype=args.dtype,
+        engine=args.engine,
+        engine_version=engines.version(args.engine),
+        adapter=adapter,
+    )
     longest = max_length(model, args.max_length, args.engine)
     output, source = args.output.rstrip("/"), args.source or f"rollout-{io.stem(args.prompts.rstrip('/'))}"
     check_flags(args.beam)
     dataset.refuse(output, [args.prompts, model])
     stage = dataset.prepare(output, args.overwrite)
     asked = Asked(
-        args.samples,
-        args.temperature,
-        args.top_p,
-        args.max_new_tokens,
-        args.seed,
-        args.missing_eos,
-        longest,
-        source,
-        mark["weights"][:16],
+        **dataclasses.asdict(decoding),
+        seed=args.seed,
+        missing_eos=args.missing_eos,
+        longest=longest,
+        source=source,
+        weights=mark["adapter" if adapter else "weights"][:16],
     )
     with dataset.staged(stage):
         addresses, refused = spread(args.prompts, stage, args.chunk_prompts)
         if not addresses:
             raise UserError(f"{args.prompts}: no prompt that could be used, of {refused['inputs']} records")
-    dataset_facts = _dataset_facts(args.prompts)
-    names = ("samples", "temperature", "top_p", "max_new_tokens", "seed", "missing_eos", "longest")
-    policies = {name: getattr(asked, name) for name in names}
+    names = ("temperature", "top_p", "max_new_tokens", "seed", "missing_eos", "longest")
+    policies = {"samples": asked.n, **{name: getattr(asked, name) for name in names}}
     manifest = Manifest(
         stage="rollout",
         inputs=0,
         accepted=0,
-        sources=dataset_facts,
+        sources=_dataset_facts(args.prompts),
         policies={"rollout": policies | {"model": args.model, "adapter": args.adapter, "fingerprint": mark}},
     )
+    if shares_disk(args.beam):  # workers elsewhere fetch their own
+        how |= {"adapter": adapter}
+    theirs = model if shares_disk(args.beam) else args.model
     load = partial(
         engines.load_sampler,
         args.engine,
-        model,
+        args.model if args.engine == "server" else theirs,
         dtype=args.dtype,
         batch_tokens=args.batch_tokens,
         max_length=longest,
         end_of_turn=renderer.end_of_turn,
-        adapter=args.adapter,
+        **how,
     )
-    handler = Sample(load, model, asked, args.prompts, across_processes(args.beam))
+    handler = Sample(load, theirs, asked, args.prompts, across_processes(args.beam))
     return run_stage(
-        lambda p: build(p, addresses, refused, handler, model, asked, manifest, stage, output),
+        lambda p: build(p, addresses, refused, handler, theirs, asked, manifest, stage, output),
         args.beam,
         stage,
         output,
         args.max_rejected,
     )
-
-
-def _version(engine: str) -> str:
-    return engine if engine == "server" else engines.version(engine)
 
 
 def _dataset_facts(path: str) -> list[dict[str, Any]]:

@@ -1,1 +1,1 @@
-"""Log-probs of responses under a causal model, for the reference stage and the trainer: torch and transformers only."""
+"""What stages and the trainer compute alike: log-probs of responses, and how predictions agree with labels."""

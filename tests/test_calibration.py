@@ -261,7 +261,8 @@ def test_the_error_of_calibration_and_the_bins_by_hand():
 
 
 def test_accuracy_leaves_ties_of_people_out_and_counts_those_of_scores_half():
-    assert agreement.accuracy(np.array([1.0, -1, 0, 5]), np.array([1.0, 0.9, 0, 0.5])) == (3, 0.5)
+    assert agreement.accuracy(np.array([1.0, -1, 0, 5]), np.array([1.0, 0.9, 0, 0.5])) == 0.5
+    assert agreement.accuracy(np.array([1.0]), np.array([0.5])) is None
 
 
 # --- samples -----------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def test_pipelines_do_not_import_the_trainer(path):
     assert not imports_any(path, {"una_train"})
 
 
-ONLINE = ("online", "reference", "rewards", "rounds")  # of una_train: they sample and label
+ONLINE = ("online", "reference", "rewards", "rollouts", "rounds")  # of una_train: they sample and label
 
 
 @pytest.mark.parametrize("path", modules("una_train"), ids=str)

@@ -409,6 +409,22 @@ def test_runs_checkpoints_and_adapters_become_whole_models(tmp_path, tiny_model)
     assert not list((run / "checkpoint-000004" / "policy").glob("tokenizer*"))
 
 
+def test_models_and_runs_in_a_store(una_eval, tmp_path, tiny_model, prompts, bucket, monkeypatch):
+    monkeypatch.setenv("UNA_MODELS", str(tmp_path / "models"))
+    bucket.put_all(tiny_model, "base")
+    bucket.put_all(tiny_model, "run/policy")
+    bucket.put("run/run.json", json.dumps({"config": {"beta": {"scalar": 0.5}}, "model": "x"}).encode())
+    run = f"{bucket.url}/run"
+    code, found, err = una_eval(
+        run, "--against", f"{bucket.url}/base/", "--prompts", prompts, "--reference", f"{bucket.url}/base"
+    )
+    assert code == 0, err
+    assert found["kl"]["run"]["nats"] == pytest.approx(0, abs=1e-3)
+    assert found["answers"].keys() == {"run", "base"}
+    assert models.named([run], tmp_path)[0].beta == {"scalar": 0.5}
+    assert una_eval(f"{bucket.url}/none", "--prompts", prompts, output=tmp_path / "no")[0] == 1
+
+
 # --- calibration ---------------------------------------------------------------------------------
 
 
@@ -519,6 +535,7 @@ def test_the_command_with_vllm(una_eval, tiny_model, prompts, vllm_engine, monke
     from pipelines.engines.sampling import VllmSampler
 
     end = render.load(tiny_model).end_of_turn
+    monkeypatch.setattr(VllmSampler, "close", lambda self: None)
     monkeypatch.setattr(engines, "load_sampler", lambda *_, **__: VllmSampler(vllm_engine.llm, end))
     monkeypatch.setattr(engines, "load", lambda *_, **__: vllm_engine)
     monkeypatch.setattr(answers, "release", lambda engine: None)

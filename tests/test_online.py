@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from pipelines import prompts
-from schemas.errors import UsageError, UserError
-from una_train import alarms, data, offsets, online, rounds
+from schemas.errors import Reject, UsageError, UserError
+from una_train import alarms, data, offsets, online, rollouts, rounds
 from una_train import config as settings
 from una_train.objective import Objectives
 
@@ -132,6 +132,16 @@ def test_the_demo_runs_on_its_worlds_prompts_and_true_reward(tiny_model, tmp_pat
     assert (policy / "model.safetensors").is_file()
 
 
+def test_a_model_in_a_store_is_trained_as_it_is_here(asked, tiny_model, vowels, tmp_path, bucket, monkeypatch):
+    monkeypatch.setenv("UNA_MODELS", str(tmp_path / "models"))
+    bucket.put_all(tiny_model, "base")
+    prompts_ = bucket.put("prompts.jsonl", asked.read_bytes())
+    una_online(asked, tiny_model, vowels, tmp_path / "here", ["rounds=1"])
+    una_online(prompts_, f"{bucket.url}/base", vowels, tmp_path / "there", ["rounds=1"])
+    assert same(weights(tmp_path / "here"), weights(tmp_path / "there"))
+    assert json.loads((tmp_path / "there" / "run.json").read_text())["model"] == f"{bucket.url}/base"
+
+
 @pytest.mark.parametrize("how", [["lora=true"], ["reference=weights"], ["reference=stage"]])
 def test_log_ratios_are_against_the_model_that_the_run_began_with(asked, tiny_model, vowels, tmp_path, how):
     una_online(asked, tiny_model, vowels, tmp_path / "run", ["beta=1", *how])
@@ -202,11 +212,11 @@ def test_a_run_that_is_killed_in_a_round_ends_as_if_it_had_not_been(asked, tiny_
     assert whole in (1, 2)
 
     asked_for = []
-    sample = online.TransformersSampler.sample
+    sample = rollouts.TransformersSampler.sample
     monkeypatch.setattr(
-        online.TransformersSampler,
+        rollouts.TransformersSampler,
         "sample",
-        lambda self, p, **how: asked_for.append(len(p)) or sample(self, p, **how),
+        lambda self, p, *how: asked_for.append(len(p)) or sample(self, p, *how),
     )
     una_online(asked, tiny_model, reward, tmp_path / "cut", more, "--resume")
     assert sum(asked_for) == 3 * (4 - whole - 1)  # nothing that was sampled is sampled again
@@ -292,6 +302,8 @@ def test_a_round_whose_rewards_are_all_0_takes_no_step(asked, tiny_model, tmp_pa
     reward = rule(tmp_path / "rule", "def score(p, r, m):\n    return 0\n")
     una_online(asked, tiny_model, reward, tmp_path / "run", ["rounds=1", "offset.scalar=ema"])
     assert "rewards are 0, so none is better than another; no step is taken" in caplog.text
+    una_online(asked, tiny_model, reward, tmp_path / "cut", ["rounds=1", "offset.scalar=ema", "missing_eos=penalize"])
+    assert "no step is taken (12 of 12 no end: penalised)" in caplog.text
     assert same(weights(tmp_path / "run"), load_file(tiny_model / "model.safetensors"))
 
 
@@ -321,6 +333,75 @@ def test_settings_that_have_no_meaning_or_do_not_go_together(asked, tiny_model, 
                 una_online(asked, tiny_model, vowels, tmp_path / "run", sets)
     with pytest.raises(UsageError, match="have no ends"):
         una_online(asked, tiny_model, rule(tmp_path / "r", LETTERS, ends=""), tmp_path / "run", ["calibrate=none"])
+
+
+# --- labellers that compare ----------------------------------------------------------------------
+
+
+def preferring(of):
+    """A stand-in for a labeller of pairs, which says by a function of two texts."""
+    from pipelines.labellers.base import Identity, Score
+    from una_train.rewards import Rewards
+
+    reward = Rewards.__new__(Rewards)
+    reward.identity, reward.asked = Identity("judge:test", {}, (0, 1)), []
+
+    def label(items):
+        reward.asked += [item.responses for item in items]
+        yield from (
+            (i, Score(one) if isinstance(one, float) else one) for i, one in enumerate(of(*i.responses) for i in items)
+        )
+
+    reward._label = label
+    return reward
+
+
+def items_of(*texts):
+    from pipelines.labellers.base import Item
+
+    return [Item([{"role": "user", "content": "x"}], (text,)) for text in texts]
+
+
+def test_a_response_is_rewarded_by_how_often_it_is_better_than_the_others_to_its_prompt():
+    longer = preferring(lambda a, b: float(len(a) > len(b)))
+    found = longer.win_rates(items_of("a", "bbb", "cc", "dd", "bbb", "e"), [0, 0, 0, 1, 0, 1], {1: 2})
+    assert found == pytest.approx([0, (1 + 1 + 0.5) / 3, (1 + 0 + 0) / 3, 1, (1 + 0.5 + 1) / 3, (0 + 1 + 1) / 3])
+    assert len(longer.asked) == 5 + 1  # equal texts are not compared
+
+
+def test_comparisons_without_an_outcome_count_for_neither():
+    bad = preferring(lambda a, b: Reject("labeller_failed", "no") if "x" in a + b else 1.0)
+    found = bad.win_rates(items_of("a", "b", "x"), [0, 0, 0], {})
+    assert found[:2] == [1, 0]
+    assert found[2].reason == "labeller_failed"
+
+
+def test_a_judge_of_pairs_trains_a_policy(asked, tiny_model, tmp_path):
+    from judge_server import serving
+
+    def behave(call):  # the one with more vowels wins
+        parts = [call.shown.partition(f"[RESPONSE {x}")[2].partition(f"[END RESPONSE {x}")[0] for x in "AB"]
+        first, second = (sum(c in "aeiou" for c in part) for part in parts)
+        call.answer(json.dumps({"winner": "A" if first >= second else "B"}))
+
+    with serving(behave) as server:
+        spec = tmp_path / "pairs.yaml"
+        spec.write_text(f"kind: judge\nmodel: j\nmode: pairwise\nbase_url: {server.url}\nretries: 0\n")
+        una_online(asked, tiny_model, spec, tmp_path / "run", ["rounds=2"])
+        for sets, flags, says in (
+            (["samples_per_prompt=1"], (), "set samples_per_prompt to 2"),
+            (["offset.scalar=ref_lme"], (), "use group_mean"),
+            ([], ("--held-out-reward", spec), "win half the time"),
+        ):
+            with pytest.raises(UsageError, match=says):
+                una_online(asked, tiny_model, spec, tmp_path / "other", sets, *flags)
+    for number in (1, 2):
+        of = samples(tmp_path / "run", number)
+        vowels = [-1 if not text.strip() else sum(c in "aeiou" for c in text) for text in of["response"]]
+        for i, place in enumerate(of["prompt_place"]):
+            others = [vowels[j] for j, other in enumerate(of["prompt_place"]) if other == place and j != i]
+            won = [1.0 if vowels[i] > other else 0.5 if vowels[i] == other else 0.0 for other in others]
+            assert of["reward"][i] == pytest.approx(0 if vowels[i] < 0 else np.mean(won), abs=1e-6)
 
 
 # --- rewards over rounds, replay, β ----------------------------------------------------------------
@@ -429,7 +510,7 @@ def test_repetition_is_the_share_of_4_grams_that_came_before():
 @given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 9))
 def test_every_prompt_comes_once_in_each_pass(count, size, seed):
     config = dataclasses.replace(settings.OnlineConfig(), prompts_per_round=size, seed=seed)
-    rounds_ = [online._places(count, number, config) for number in range(1, 8)]
+    rounds_ = [rollouts.places_of(count, number, config) for number in range(1, 8)]
     assert {len(one) for one in rounds_} == {min(size, count)}
     stream = [place for one in rounds_ for place in one]
     for start in range(0, len(stream) - count + 1, count):
@@ -484,14 +565,14 @@ def test_rounds_sampled_by_vllm_have_the_policys_weights_and_survive_its_death(
     pytest.importorskip("vllm")
     from test_sampling import cores, kill_engine
 
-    forget, others = online.Sampling.forget, cores()
+    forget, others = rollouts.Sampling.forget, cores()
 
     def killed(self, number):
         if number == 2:
             kill_engine(others)
         forget(self, number)
 
-    monkeypatch.setattr(online.Sampling, "forget", killed)
+    monkeypatch.setattr(rollouts.Sampling, "forget", killed)
     una_online(asked, tiny_model, vowels, tmp_path / "run", ["engine=vllm", "rounds=3", "batch_size=12", *more])
     assert "starting it again" in caplog.text
     for line in lines(tmp_path / "run"):  # log π_θ of the trainer, before its step, is that of the engine

@@ -10,7 +10,9 @@ from conftest import REPO, write_jsonl
 from pipelines import cli, recipe
 from schemas.errors import UsageError
 
-RUN = tuple(stage for stage in recipe.STAGES if stage not in ("label", "online"))  # of a recipe without such sections
+RUN = tuple(
+    stage for stage in recipe.STAGES if stage not in ("label", "online", "eval")
+)  # of a recipe without such sections
 
 
 @pytest.fixture
@@ -194,6 +196,24 @@ def test_an_online_stage_goes_on_where_it_stopped_from_the_policy_that_was_train
 
     code, out, err = una_here("run", small, "--json")
     assert set(skipped(out).values()) == {True}, err
+
+
+def test_an_eval_stage_compares_what_was_trained_with_the_model(una_here, small, tmp_path, tiny_model):
+    content = yaml.safe_load(small.read_text())
+    content["eval"] = {"reward": ["length:least=5,most=20"], "max_new_tokens": 8, "limit": 3, "max_rejected": 1}
+    small.write_text(yaml.safe_dump(content))
+    code, out, err = una_here("run", small, "--json")
+    assert code == 0, err
+    found = json.loads((tmp_path / "out/eval/evaluation.json").read_text())
+    assert found["models"] == {"train": str(tmp_path / "out/train"), "tiny": str(tiny_model)}
+    assert found["settings"]["prompts"] == str(tmp_path / "out/publish")
+    assert found["kl"].keys() == {"train", "tiny"}
+    assert found["prompts"]["asked"] == 3
+    code, out, err = una_here("run", small, "--json", "--set", "eval.limit=2")
+    assert code == 0, err
+    assert [name for name, skip in skipped(out).items() if not skip] == ["eval"]
+    code, _, err = una_here("run", small, "--set", "eval=5")
+    assert (code, "mapping of its options" in err) == (2, True)
 
 
 @pytest.mark.parametrize(

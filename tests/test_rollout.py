@@ -87,7 +87,7 @@ def test_what_becomes_of_responses_that_do_not_end(tiny_model, policy):
     logps = np.full(len(ids), -1, np.float32)
     ended = Sampled([*ids, renderer.end_of_turn], np.append(logps, np.float32(-1)), True)
     longer = Sampled(renderer.tokens("Hello there again"), logps, False)
-    asked = rollout.Asked(4, 1.0, 1.0, 12, 0, policy, 100, "x", "w")
+    asked = rollout.Asked(max_new_tokens=12, n=4, seed=0, missing_eos=policy, longest=100, source="x", weights="w")
     prompt = prompts.Prompt([{"role": "user", "content": "Hi"}], {"k": 1}, "0" * 32, 1)
     made, left_out = rollout.rows_of(prompt, [ended, longer, ended, longer], renderer, asked)
     assert [row["response"] for row in made] == ["Hello there", "Hello there again"][: 1 if policy == "drop" else 2]
@@ -98,6 +98,22 @@ def test_what_becomes_of_responses_that_do_not_end(tiny_model, policy):
         assert [why.reason for _, why in left_out] == ["unfinished"]
 
 
+def test_prompts_in_the_shapes_that_files_have(tmp_path):
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    records = [
+        {"instruction": "Add", "input": "1 2", "answer": 3},
+        {"question": "Who?", "prompt": None},
+        {"messages": said, "system": "Be kind", "prompt": json.dumps(said)},
+        "Alone",
+    ]
+    found, refused = prompts.usable(str(write_jsonl(tmp_path / "p.jsonl", records)))
+    assert not refused
+    assert [[turn["content"] for turn in one.messages] for one in found] == [
+        ["Add\n1 2"], ["Who?"], ["Be kind", "Hi"], ["Alone"]
+    ]  # fmt: skip
+    assert [one.metadata.get("answer") for one in found] == [3, None, None, None]
+
+
 def test_prompts_of_a_dataset_come_once(una_here, asked, tiny_model, tmp_path):
     call(una_here, asked, tiny_model, tmp_path / "out")
     report = call(una_here, tmp_path / "out", tiny_model, tmp_path / "again", "--seed", "1")
@@ -106,10 +122,22 @@ def test_prompts_of_a_dataset_come_once(una_here, asked, tiny_model, tmp_path):
     assert Manifest.read(tmp_path / "again").policies["rollout"]["seed"] == 1
 
 
+def test_a_model_in_a_store_samples_what_it_does_here(una_here, asked, tiny_model, tmp_path, bucket, monkeypatch):
+    monkeypatch.setenv("UNA_MODELS", str(tmp_path / "models"))
+    bucket.put_all(tiny_model, "base")
+    call(una_here, asked, tiny_model, tmp_path / "here")
+    call(una_here, asked, f"{bucket.url}/base", tmp_path / "there")
+    assert rows(tmp_path / "here") == rows(tmp_path / "there")
+    assert Manifest.read(tmp_path / "there").policies["rollout"]["model"] == f"{bucket.url}/base"
+
+
 def test_wrong_options_are_told(una_here, asked, tiny_model, tmp_path):
     for flags, says in (
         (["--samples", "0"], "at least 1"),
-        (["--top-p", "0"], "0 < P"),
+        (["--top-p", "0"], "--top-p 0"),
+        (["--temperature", "nan"], "--temperature nan"),
+        (["--engine", "server"], "give the server's address with --server"),
+        (["--engine", "vllm", "--server", "http://localhost:8000/v1"], "engine vllm has no such option"),
         (["--max-length", "1"], "between"),
     ):
         code, _, err = una_here("rollout", asked, "--model", tiny_model, "--output", tmp_path / "o", *flags)

@@ -1,5 +1,9 @@
 """Sampling: samples by their seeds, their log-probs, and engines whose weights change."""
 
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines import engines
-from pipelines.engines.sampling import EngineDied, TransformersSampler, choose, draws
-from schemas.errors import UserError
+from pipelines.engines import Decoding
+from pipelines.engines.sampling import TransformersSampler, choose, draws, sample_seeds
+from schemas.errors import UsageError, UserError
 
 torch.set_num_threads(1)
-FREE = {"temperature": 1.0, "top_p": 1.0}
 
 
 def network(where):
@@ -73,16 +77,16 @@ def test_random_numbers_are_those_of_the_seed_and_the_sample():
 
 def test_a_sample_does_not_depend_on_what_is_sampled_beside_it(model):
     prompts = some_prompts()
-    together = sampler_of(model).sample(prompts, n=3, max_new_tokens=12, seeds=range(7), **FREE)
+    together = sampler_of(model).sample(prompts, Decoding(12, n=3), range(7))
     assert len({tuple(s.ids) for of in together for s in of}) > 15
     for i, prompt in enumerate(prompts):
-        alone = sampler_of(model, budget=1).sample([prompt], n=3, max_new_tokens=12, seeds=[i], **FREE)[0]
+        alone = sampler_of(model, budget=1).sample([prompt], Decoding(12, n=3), [i])[0]
         assert [s.ids for s in alone] == [s.ids for s in together[i]]
 
 
 def test_log_probs_are_those_of_the_model_at_temperature_1(model):
     prompts = some_prompts()
-    found = sampler_of(model).sample(prompts, n=2, temperature=0.7, top_p=0.9, max_new_tokens=12, seeds=range(7))
+    found = sampler_of(model).sample(prompts, Decoding(12, 2, 0.7, 0.9), range(7))
     for prompt, of in zip(prompts, found, strict=True):
         for one in of:
             assert one.logps.dtype == np.float32
@@ -91,8 +95,8 @@ def test_log_probs_are_those_of_the_model_at_temperature_1(model):
 
 def test_a_response_ends_with_the_end_of_turn_or_where_there_is_no_more_room(model):
     likely = [int(np.bincount([s.ids[0] for s in of]).argmax()) for of in sampler_of(model).sample(
-        some_prompts(1), n=200, max_new_tokens=1, seeds=[0], **FREE)]  # fmt: skip
-    found = sampler_of(model, end=likely[0]).sample(some_prompts(), n=40, max_new_tokens=6, seeds=range(7), **FREE)
+        some_prompts(1), Decoding(1, n=200), [0])]  # fmt: skip
+    found = sampler_of(model, end=likely[0]).sample(some_prompts(), Decoding(6, n=40), range(7))
     every = [one for of in found for one in of]
     assert {one.finished for one in every} == {True, False}
     for one in every:
@@ -103,7 +107,7 @@ def test_a_response_ends_with_the_end_of_turn_or_where_there_is_no_more_room(mod
 
 def test_a_model_in_training_is_left_in_training(model):
     model.train()
-    sampler_of(model).sample(some_prompts(1), n=1, max_new_tokens=2, seeds=[0], **FREE)
+    sampler_of(model).sample(some_prompts(1), Decoding(2, n=1), [0])
     assert model.training
     model.eval()
 
@@ -114,7 +118,7 @@ def test_sampling_equals_the_librarys_own_where_nothing_is_random(model):
         input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         do_sample=False, max_new_tokens=10, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    found = sampler_of(model).sample([prompt], n=1, temperature=0, top_p=1.0, max_new_tokens=10, seeds=[0])
+    found = sampler_of(model).sample([prompt], Decoding(10, temperature=0), [0])
     assert found[0][0].ids == out[0, len(prompt) :].tolist()
 
 
@@ -152,7 +156,7 @@ def adapter(where, seed):
 def sampled_from(sampler, model, others=()):
     """Whether samples have the model's log-probs, and not those of the others."""
     prompts = some_prompts()
-    found = sampler.sample(prompts, n=2, max_new_tokens=8, seeds=range(7), **FREE)
+    found = sampler.sample(prompts, Decoding(8, n=2), range(7))
     for prompt, of in zip(prompts, found, strict=True):
         for one in of:
             np.testing.assert_allclose(one.logps, plain(model, prompt, one.ids), atol=2e-3)
@@ -163,7 +167,7 @@ def sampled_from(sampler, model, others=()):
 
 
 @pytest.mark.vllm
-def test_vllm_samples_from_new_weights_without_a_restart_and_says_when_it_is_gone(tiny_model):
+def test_vllm_samples_from_new_weights_without_a_restart_and_starts_again_when_it_is_gone(tiny_model, caplog):
     pytest.importorskip("vllm")
     other = other_weights(tiny_model, 7)
     old, new, others = network(tiny_model), network(other), cores()
@@ -171,15 +175,16 @@ def test_vllm_samples_from_new_weights_without_a_restart_and_says_when_it_is_gon
         "vllm", str(tiny_model), dtype="float32", batch_tokens=2048, max_length=256, end_of_turn=1
     )
     first = sampled_from(sampler, old, [new])
-    again = sampler.sample(some_prompts(), n=2, max_new_tokens=8, seeds=range(7), **FREE)
+    again = sampler.sample(some_prompts(), Decoding(8, n=2), range(7))
     assert [[s.ids for s in of] for of in again] == [[s.ids for s in of] for of in first]
     sampler.update(other)
     sampled_from(sampler, new, [old])
     sampler.update(tiny_model)
     sampled_from(sampler, old, [new])
+    sampler.update(other)
     kill_engine(others)
-    with pytest.raises(EngineDied):
-        sampler.sample(some_prompts(), n=2, max_new_tokens=8, seeds=range(7), **FREE)
+    sampled_from(sampler, new, [old])  # by an engine that was started anew
+    assert "starting it again" in caplog.text
     sampler.close()
 
 
@@ -253,11 +258,10 @@ def server(tiny_model, tmp_path_factory):
 
 
 @pytest.mark.vllm
-def test_a_server_samples_from_new_weights_and_adapters(tiny_model, server, monkeypatch):
-    monkeypatch.setenv("UNA_SERVER", server)
+def test_a_server_samples_from_new_weights_and_adapters(tiny_model, server):
     (first, one), (second, two) = adapter(tiny_model, 1), adapter(tiny_model, 2)
     base = network(tiny_model)
-    how = {"dtype": "float32", "batch_tokens": 2048, "max_length": 256, "end_of_turn": 1}
+    how = {"dtype": "float32", "batch_tokens": 2048, "max_length": 256, "end_of_turn": 1, "server": server}
     sampler = engines.load_sampler("server", str(tiny_model), adapter=str(first), **how)
     sampled_from(sampler, one, [two, base])
     sampler.update(second)
@@ -271,7 +275,105 @@ def test_a_server_samples_from_new_weights_and_adapters(tiny_model, server, monk
     plain_one.update(tiny_model)
 
 
-def test_a_server_that_is_not_there_is_told(monkeypatch):
-    monkeypatch.setenv("UNA_SERVER", "http://127.0.0.1:9/v1")
-    with pytest.raises(UserError, match="no OpenAI-compatible server answers"):
-        engines.load_sampler("server", "x", dtype="float32", batch_tokens=1, max_length=1, end_of_turn=1)
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [("http://127.0.0.1:9/v1", "no server answers"), ("localhost:8000", "no address"), ("http://k@h/v1", "a password")],
+)
+def test_a_server_that_is_not_there_is_told(address, says):
+    with pytest.raises(UserError, match=says):
+        engines.load_sampler(
+            "server", "x", dtype="float32", batch_tokens=1, max_length=1, end_of_turn=1, server=address
+        )
+
+
+class Completions(BaseHTTPRequestHandler):
+    """A vLLM server as far as a client sees it: fails now and then, and serves adapters that were loaded."""
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status, content):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+
+    def do_GET(self):
+        self.answer(200, {"data": [{"id": "tiny", "max_model_len": 64}]})
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, asked))
+        path, state = self.path.rpartition("/")[2], self.server
+        if path == "completions" and asked["seed"] in state.fails:
+            state.fails.remove(asked["seed"])
+            self.answer(503, {"message": "busy"})
+        elif path == "completions" and asked["model"] in ("tiny", *state.adapters):
+            ids = [asked["prompt"][0], len(asked["prompt"]), 1]
+            self.answer(200, {"choices": [{"token_ids": ids, "logprobs": {"token_logprobs": [-1, -2, -0.5]}}]})
+        elif path == "load_lora_adapter" and state.lora:
+            state.adapters.add(asked["lora_name"])
+            self.answer(200, "Success")
+        elif path == "unload_lora_adapter" and state.lora:
+            state.adapters.remove(asked["lora_name"])
+            self.answer(200, "Success")
+        else:
+            self.answer(404, {"message": "not found"})
+
+
+@pytest.fixture
+def completions():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
+    server.asked, server.fails, server.adapters, server.lora = [], [], set(), True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def client_of(server, **how):
+    given = {"dtype": "float32", "batch_tokens": 1, "max_length": 32, "end_of_turn": 1, "server_model": "tiny"}
+    return engines.load_sampler("server", "x", server=f"http://127.0.0.1:{server.server_port}/v1", **given | how)
+
+
+def test_a_servers_samples_are_in_their_order_and_a_busy_server_is_asked_again(completions):
+    completions.fails = sample_seeds([7, 8, 9], 2)[1:4]
+    found = client_of(completions).sample([[5], [6, 6], [7, 7, 7]], Decoding(4, 2, 0.5, 0.9), [7, 8, 9])
+    assert [[one.ids for one in of] for of in found] == [[[5, 1, 1]] * 2, [[6, 2, 1]] * 2, [[7, 3, 1]] * 2]
+    assert found[0][0].logps.tolist() == [-1, -2, -0.5]
+    assert found[0][0].finished
+    asked = [body for _, body in completions.asked]
+    assert len(asked) == 9
+    assert {one["seed"] for one in asked} == set(sample_seeds([7, 8, 9], 2))
+    assert {(one["temperature"], one["top_p"], one["max_tokens"]) for one in asked} == {(0.5, 0.9, 4)}
+
+
+def test_an_adapter_is_what_a_server_samples_from_until_it_is_let_go(completions, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    client = client_of(completions, adapter=str(tmp_path / "adapter"))
+    (name,) = completions.adapters
+    client.sample([[5]], Decoding(4), [1])
+    assert completions.asked[-1][1]["model"] == name
+    assert completions.asked[0][1]["lora_path"] == str(tmp_path / "adapter")
+    client.close()
+    assert not completions.adapters
+    completions.lora = False
+    with pytest.raises(UserError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora"):
+        client_of(completions, adapter=str(tmp_path / "adapter"))
+    with pytest.raises(UserError, match=r"VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls .*sampling\.Reloading"):
+        client_of(completions).update(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"), [({"server_model": "other"}, "serves tiny"), ({"max_length": 65}, "64 tokens")]
+)
+def test_a_server_of_another_model_or_with_less_room_is_refused(completions, how, says):
+    with pytest.raises(UserError, match=says):
+        client_of(completions, **how)
+
+
+@pytest.mark.parametrize(
+    "how", [{"max_new_tokens": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}]
+)
+def test_a_decoding_that_cannot_be(how):
+    with pytest.raises(UsageError, match="--" + next(iter(how)).replace("_", "-")):
+        Decoding(**{"max_new_tokens": 4, **how})

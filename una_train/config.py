@@ -312,7 +312,7 @@ class OnlineConfig(Config):
     engine: str = _setting(
         "transformers",
         _one_of("transformers", "vllm", "server"),
-        "what samples the responses; `server`: a vLLM server, at the address UNA_SERVER",
+        "what samples the responses; `server`: a vLLM server, see `--server`",
     )
     rollout_tokens: int = _setting(
         65536, _whole(1), "tokens in memory at once while sampling: prompts and room for responses; changes speed only"

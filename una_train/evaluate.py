@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-BINS = 10
+from scoring import agreement
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _metrics(kind: str, judged: list[Judged]) -> dict[str, Any]:
         "count": len(judged),
         "loss": math.fsum(j.loss for j in judged) / len(judged),
         "implicit_reward": float(np.concatenate([j.implicit for j in judged]).mean()),
-        "accuracy": accuracy(margin, first) if kind == "pairwise" else None,
+        "accuracy": agreement.accuracy(margin, first) if kind == "pairwise" else None,
         "decided": int((first != 0.5).sum()) if kind == "pairwise" else 0,
         "calibration_error": calibration_error(scores, targets),
         "kl": float(logratios.sum() / sum(j.tokens for j in judged)),
@@ -77,23 +77,14 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def accuracy(margin: np.ndarray, first: np.ndarray) -> float | None:
-    """Share of comparisons where r₁ − r₂ has the sign of p − ½; equal rewards count a half, ties (p = ½) not at all."""
-    right = np.sign(margin) * np.sign(first - 0.5)
-    decided = right[first != 0.5]
-    return float(((decided + 1) / 2).mean()) if len(decided) else None
-
-
 def calibration_error(scores: np.ndarray, targets: np.ndarray) -> float:
-    """Expected calibration error over 10 equal bins of the implicit score: Σ share of bin · |mean score − mean target|.
+    """Expected calibration error of the implicit score; NaN where one is not finite.
 
     The score is σ(β·h) against the explicit reward, or σ(r₁ − r₂) against p for a comparison.
     """
-    if not np.isfinite(scores).all():
-        return math.nan
-    bins = np.minimum((scores * BINS).astype(int), BINS - 1)
-    gaps = np.abs(np.bincount(bins, scores, BINS) - np.bincount(bins, targets, BINS))
-    return float(gaps.sum() / len(scores))
+    return (
+        agreement.calibration_error(agreement.reliability(scores, targets)) if np.isfinite(scores).all() else math.nan
+    )
 
 
 def finite(value: Any) -> Any:

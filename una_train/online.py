@@ -6,20 +6,19 @@ always against the reference, never against the policy that sampled; that one's 
 All of a round is a function of the seed, its number and the weights: a checkpoint is those of training with the number
 of rounds done, and rounds after it are done again from their files without sampling a token.
 
-Left out: several processes, and comparisons by labellers that need two responses.
+Left out: several processes.
 """
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import logging
 import math
-import shutil
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
-from pipelines import engines, render
+from pipelines import engines, io, models, render
 from pipelines import prompts as asked
-from pipelines.engines import Sampled
-from pipelines.engines.sampling import EngineDied, TransformersSampler
-from pipelines.labellers.base import Item
-from pipelines.prompts import Prompt
-from schemas.errors import Reject, UsageError, UserError
-from schemas.fingerprint import local_model
+from schemas.errors import UsageError, UserError
 from una_train import config as settings
-from una_train import data, evaluate, policy, rounds, rundir, watch
+from una_train import data, evaluate, policy, rollouts, rounds, rundir, watch
 from una_train.alarms import alarms
 from una_train.config import OnlineConfig
 from una_train.data import Split
@@ -47,23 +41,26 @@ from una_train.objective import Objectives
 from una_train.offsets import FROM_REFERENCE
 from una_train.reference import Reference
 from una_train.rewards import Rewards
+from una_train.rollouts import Sampling, World
 from una_train.rounds import Round
 from una_train.train import Learner, accelerator_of, learning_rate, planned_steps, required, with_dtype
 
 log = logging.getLogger("una_train")
 
-RESTARTS = 3  # of an engine in a row
 OFFLINE, REPLAY = 1, 2  # what random numbers of a round are for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", metavar="PROMPTS", help="a file of prompts, or a dataset directory")
-    parser.add_argument("--model", required=True, help="what is trained, and the reference: a directory, or a hub id")
+    parser.add_argument(
+        "--model", required=True, help="what is trained, and the reference: a directory, a store's, or a hub id"
+    )
     parser.add_argument("--reward", required=True, metavar="SPEC", help="a labeller, as in una label --labeller")
     parser.add_argument(
         "--held-out-reward", metavar="SPEC", help="a labeller that is not trained on: an alarm tells when it disagrees"
     )
     parser.add_argument("--offline", metavar="DIR", help="a published dataset to mix in (see offline_ratio)")
+    engines.add_server_arguments(parser)
     settings.add_arguments(parser)
 
 
@@ -73,23 +70,21 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--output {args.output}: training writes to a local directory; name one, and copy it there")
     output, offline = Path(args.output), Path(args.offline) if args.offline else None
     config = _settings(args, output)
-    inputs = [Path(p) for p in (args.prompts, args.model, args.offline) if p]
+    server = engines.options(config.engine, {**engines.DEFAULTS, **vars(args)})
+    inputs = [Path(p) for p in (args.prompts, args.model, args.offline) if p and not io.is_remote(p)]
     rundir.check(output, args.overwrite, args.resume, inputs)
     accelerator = accelerator_of(config, output)
     if accelerator.num_processes > 1:
         raise UsageError("una online runs in one process; give it one GPU, or more rounds")
     accelerator.gradient_accumulation_steps = 1
     transformers.utils.logging.disable_progress_bar()
-    model_dir = local_model(args.model)
-    renderer = render.load(model_dir)
-    found, refused = asked.usable(args.prompts)
-    world = _rendered(found, refused, renderer, model_dir, config)
+    model_dir = models.local(args.model)
+    world = rollouts.rendered(*asked.usable(args.prompts), render.load(model_dir), model_dir, config)
     for reason, count in sorted(world.refused.items()):
         log.warning("%s: %d prompts are left out (%s)", args.prompts, count, reason)
     with rundir.locked(output):
-        reward = Rewards(args.reward, config.calibrate, config.reward_temperature)
-        held_out = Rewards(args.held_out_reward, "auto", 1.0) if args.held_out_reward else None
-        mixed = _offline(offline, config)
+        reward, held_out = _rewards(args, config)
+        mixed_in = _offline(offline, config)
         facts = rundir.facts_of(args.model, args.prompts, config, model_dir, world.digest) | {
             "reward": reward.facts,
             "held_out_reward": held_out and held_out.facts,
@@ -99,10 +94,9 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
         if args.resume:
             rundir.check_same_run(output, facts, ("reward", "held_out_reward", "offline"))
         checkpoint = rundir.newest_checkpoint(output) if args.resume else None
+        job = Job(config, world, reward, held_out, mixed_in, model_dir, output, facts, _engine(args, config, server))
         try:
-            return train(
-                accelerator, config, world, reward, held_out, mixed, model_dir, output, checkpoint, args.resume, facts
-            )
+            return train(accelerator, job, checkpoint, args.resume)
         except KeyboardInterrupt:
             raise UserError("interrupted; nothing that was finished is lost: continue with --resume") from None
 
@@ -110,183 +104,131 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
 # --- the rounds --------------------------------------------------------------------------------
 
 
-def train(
-    accelerator: Accelerator,
-    config: OnlineConfig,
-    world: "World",
-    reward: Rewards,
-    held_out: Rewards | None,
-    offline: Split | None,
-    model_dir: Path,
-    output: Path,
-    checkpoint: Path | None,
-    resumed: bool,
-    facts: dict[str, Any],
-) -> dict[str, Any]:
-    started = time.perf_counter()
-    kinds = {"scalar"} | ({data.TYPES[i] for i in offline.types} if offline else set())
-    from_reference = config.offset["scalar"] in FROM_REFERENCE
+@dataclass(frozen=True)
+class Job:
+    """A run as it was asked for."""
 
-    # the policy, the reference it began as, and what samples from it
-    set_seed(config.seed)
-    loaded = policy.load(model_dir, config, checkpoint)
-    scorer = policy.Scorer(loaded, any(config.offset.get(kind) == "learned" for kind in kinds))
-    began = dict(loaded.named_parameters())
-    if checkpoint is not None and not config.lora:
-        began = dict(policy.load(model_dir, config).named_parameters())
-    optimizer = policy.optimizer_of(scorer, config)
-    model, optimizer = accelerator.prepare(scorer, optimizer)
-    scorer = accelerator.unwrap_model(model)
-    layout = policy.settle(scorer, config, accelerator.device)
-    reference = Reference(model_dir, scorer, config, began)
-    del began
-    sampler = Sampling(accelerator, scorer, layout, world, config, model_dir, output)
-    state = rundir.checkpoint_facts(checkpoint) if checkpoint else {}
-    if checkpoint is not None:
-        rundir.load_optimizer(scorer, optimizer.optimizer, checkpoint)
-        log.info("continuing after round %d, from %s", state["step"], checkpoint)
-    rundir.prepare(output, config, facts, checkpoint, keep=("rounds", "rewards") if resumed else ())
+    config: OnlineConfig
+    world: World
+    reward: Rewards
+    held_out: Rewards | None
+    offline: Split | None
+    model_dir: Path
+    output: Path
+    facts: dict[str, Any]  # of run.json
+    engine: Callable[..., Any]  # starts what samples elsewhere
+
+    @property
+    def from_reference(self) -> bool:
+        """Whether rewards of the reference's own responses are needed."""
+        return self.config.offset["scalar"] in FROM_REFERENCE
+
+    def file(self, number: int) -> Path:
+        return self.output / "rounds" / f"round-{number:06d}.parquet"
+
+
+@dataclass
+class Progress:
+    """How far a run is: what a checkpoint keeps beside weights and the optimizer's state."""
+
+    rounds: int = 0
+    steps: int = 0
+    beta_factor: float = 1.0  # what the KL target has made of β
+    offsets: dict[str, Any] = field(default_factory=dict)
+    skipped_steps: int = 0
+    seconds: float = 0.0
+    calibration: dict[str, Any] | None = None
+    held_out_calibration: dict[str, Any] | None = None
+
+
+@dataclass
+class Parts:
+    """The policy with what moves it, the reference it began as, and what samples from it."""
+
+    learner: Learner
+    scorer: policy.Scorer
+    layout: str
+    reference: Reference
+    sampler: Sampling
+
+
+def train(accelerator: Accelerator, job: Job, checkpoint: Path | None, resumed: bool) -> dict[str, Any]:
+    config, world, reward, output = job.config, job.world, job.reward, job.output
+    at = _progress(checkpoint)
+    started = time.perf_counter() - at.seconds
+    parts = _parts(accelerator, job, at, checkpoint)
+    rundir.prepare(output, config, job.facts, checkpoint, keep=("rounds", "rewards") if resumed else ())
     (output / "rounds").mkdir(exist_ok=True)
-    for labeller in filter(None, (reward, held_out)):
-        labeller.load(output / "rewards")
-    done, steps, beta_factor = state.get("step", 0), state.get("steps", 0), state.get("beta_factor", 1.0)
-    started -= state.get("seconds", 0.0)
-    offsets, reward.fitted = state.get("offsets", {}), state.get("calibration") or reward.fitted
-    if held_out:
-        held_out.fitted = state.get("held_out_calibration") or held_out.fitted
-    learner = Learner(accelerator, model, optimizer, config, output, skipped=state.get("skipped_steps", 0))
-    facts |= {
-        "parameters": sum(p.numel() for p in scorer.policy.parameters()),
-        "trainable_parameters": sum(p.numel() for p in scorer.policy.parameters() if p.requires_grad),
-        "layout": layout,
-        "reference_by": reference.how,
-    }
-    watched = watch.Watch(config.rounds, config)
-    if config.offset["scalar"] != "none":
-        watched.first["scalar"] = 1.0  # where rewards are near 1, an offset brings what is predicted there
-    record = rundir.recorder(accelerator, config, output, done, watched)
+    _load_rewards(job, at)
+    record = rundir.recorder(accelerator, config, output, at.rounds, _watched(config))
     history = [line["online"] for line in rundir.metrics(output)]
     warned: set[str] = set()
     alarms(history, config.alarm_rounds, warned)  # those that were given before
-    earlier: deque[Split] = deque(maxlen=config.replay_rounds)
-    if config.replay_ratio:
-        for number in range(max(1, done - config.replay_rounds + 1), done + 1):
-            earlier.append(world.split(rounds.read(_file(output, number)), config, from_reference))
-    planned = _steps_of(config, min(config.prompts_per_round, len(world.prompts)))
-    bar = tqdm(total=config.rounds, initial=done, unit="round", disable=None)
+    earlier = _earlier(job, at)
+    bar = tqdm(total=config.rounds, initial=at.rounds, unit="round", disable=None)
     clock = Clock()
 
-    for number in range(done + 1, config.rounds + 1):
-        path = _file(output, number)
+    for number in range(at.rounds + 1, config.rounds + 1):
         clock.start()
-        if path.exists():  # a run that was killed had come further than its checkpoint
-            this = rounds.read(path)
-            for of, raw in ((reward, this.raw), (held_out, this.held_out)):
-                if of and of.fitted is None:
-                    of.calibrated(raw)
+        if job.file(number).exists():  # a run that was killed had come further than its checkpoint
+            this = _again(job, number)
             clock.lap("sampling")
         else:
             # rollout
-            places = _places(len(world.prompts), number, config)
-            this = sampler.round(number, places)
+            this = parts.sampler.round(number, rollouts.places_of(len(world.prompts), number, config))
             clock.lap("sampling")
 
             # label
-            rewarded(this, world, reward, held_out, config)
+            rollouts.rewarded(this, world, reward, job.held_out, config)
             clock.lap("reward")
 
             # reference
-            if from_reference:
-                with reference.in_place():
-                    sampler.moved()
-                    this.ref_rewards = sampler.reference_rewards(this, reward)
-                sampler.moved()
+            if job.from_reference:
+                with parts.reference.in_place():
+                    parts.sampler.moved()
+                    this.ref_rewards = parts.sampler.reference_rewards(this, reward)
+                parts.sampler.moved()
             every = dataclasses.replace(this, rewards=np.zeros(len(this.places)))  # those that got no reward as well
-            this.ref_logps = reference.score(accelerator, model, world.split(every, config), layout)
+            this.ref_logps = parts.reference.score(accelerator, parts.learner.model, world.split(every, config))
             clock.lap("reference")
-            rounds.write(path, this, world.texts)
-        sampler.forget(number)
+            rounds.write(job.file(number), this, world.texts)
+        parts.sampler.forget(number)
 
         # UNA's steps
-        fresh = world.split(this, config, from_reference)
-        told = rounds.facts(this) | {"beta": beta_factor * config.beta["scalar"]}
-        judged, rows = list[Judged](), Mixed(fresh, 0, 0)
+        fresh = world.split(this, config)
+        told = rounds.facts(this) | {"beta": at.beta_factor * config.beta["scalar"]}
+        rows, judged, norm = Mixed(fresh, 0, 0), list[Judged](), None
         if words := _nothing_to_learn(fresh, config):
-            log.warning("round %d: %s; no step is taken", number, words)
+            decided = ", ".join(f"{n} of {len(this.places)} {what}" for what, n in told["decided"].items())
+            log.warning("round %d: %s; no step is taken%s", number, words, decided and f" ({decided})")
         else:
-            rows = mixed(fresh, list(earlier), offline, number, config)
-            now = dataclasses.replace(config, beta={kind: b * beta_factor for kind, b in config.beta.items()})
-            objectives = Objectives(now, rows.split)
-            objectives.load_state({kind: means for kind, means in offsets.items() if kind in objectives.running})
-            order = data.Order(rows.split, config.batch_size, int(_rng(config, number).integers(2**31)))
-            count = order.total(config.epochs, None)
-            first = (number - 1) * planned
-            for step, _ in planned_steps(
-                accelerator, rows.split, order, range(1, count + 1), objectives, layout, False, now
-            ):
-                at = first + min(step.number, planned)  # a bundle more than planned may take a step more
-                shape = learning_rate(at, planned * config.rounds, config) / config.learning_rate
-                of_step, norm = learner.step(step, first + step.number, shape, objectives, rows.split)
-                judged += of_step
-            sampler.moved()
-            steps, offsets = steps + count, {**offsets, **objectives.state()}
+            rows = mixed(fresh, list(earlier), job.offline, number, config)
+            judged, norm = _steps(number, rows.split, parts, job, at)
+            parts.sampler.moved()
         clock.lap("training")
         if config.replay_ratio:
             earlier.append(fresh)
 
         # what it was like, and what follows from that
         told |= {"groups": len(rows.split.group_rows), "replayed": rows.replayed, "offline": rows.offline}
-        told |= {"lone": int(fresh.lone.sum()) if fresh.lone is not None else 0, "steps": steps}
+        told |= {"lone": int(fresh.lone.sum()) if fresh.lone is not None else 0, "steps": at.steps}
         told |= {"drift": _drift(judged, this), "seconds": clock.seconds}
         history.append(told)
-        if told["lone"] and config.offset["scalar"] == "group_mean" and "lone" not in warned:
-            warned.add("lone")
-            log.warning(
-                "round %d: %d responses have no other to their prompt that differs, so offset.scalar=group_mean has "
-                "nothing to compare them with: the running mean (ema) takes its place for them",
-                number,
-                told["lone"],
-            )
-        for words in alarms(history, config.alarm_rounds, warned):
-            log.warning("round %d: ALARM: %s", number, words)
-        numbers = {"lr": optimizer.param_groups[0]["lr"], "grad_norm": norm if judged else None}
-        epoch = number * config.prompts_per_round / len(world.prompts)
+        alarmed = [f"ALARM: {words}" for words in alarms(history, config.alarm_rounds, warned)]
+        for words in _lone(told, config, warned) + alarmed:
+            log.warning("round %d: %s", number, words)
+        numbers = {"lr": parts.learner.optimizer.param_groups[0]["lr"], "grad_norm": norm if judged else None}
+        epoch = number * min(config.prompts_per_round, len(world.prompts)) / len(world.prompts)
         record(number, epoch, "train", judged, numbers | {"online": evaluate.finite(told)})
         bar.update()
         bar.set_postfix(reward=_shown(told["reward"]), kl=_shown(told["kl"]))
-        if config.kl_target is not None:
-            off = min(max(told["kl"] / config.kl_target - 1, -0.2), 0.2)
-            beta_factor *= 1 + config.kl_gain * off
+        at.beta_factor *= _steered(told["kl"], config)
+        at.rounds = number
         if config.save_every and number % config.save_every == 0:
-            rundir.save_checkpoint(
-                output,
-                number,
-                scorer.policy,
-                rundir.gathered(scorer.policy.state_dict()),
-                rundir.gathered(rundir.optimizer_state(scorer, optimizer.optimizer)),
-                {
-                    "seconds": time.perf_counter() - started,
-                    "steps": steps,
-                    "beta_factor": beta_factor,
-                    "offsets": offsets,
-                    "calibration": reward.fitted,
-                    "held_out_calibration": held_out and held_out.fitted,
-                    "skipped_steps": learner.skipped,
-                },
-                config.keep_checkpoints,
-            )
+            _save(job, parts, at, time.perf_counter() - started)
     bar.close()
-    sampler.close()
-
-    final = _result(history, config)
-    facts |= {"optimizer_steps": steps, "skipped_steps": learner.skipped, "calibration": reward.fitted}
-    facts |= {"seconds": time.perf_counter() - started, "final": {"test": None, "online": final}}
-    weights = rundir.gathered(scorer.policy.state_dict())
-    policy.save(output / "policy", scorer.policy, weights, facts["model"], model_dir, config)
-    rundir.write(output / "run.json", json.dumps(facts, indent=2) + "\n")  # last: now the run is complete
-    accelerator.end_training()
-    _print_result(final, facts, output)
-    return {"policy": str(output / "policy"), "rounds": config.rounds, **final, "seconds": round(facts["seconds"], 3)}
+    parts.sampler.close()
+    return _finished(accelerator, job, parts, at, history, time.perf_counter() - started)
 
 
 class Clock:
@@ -301,242 +243,147 @@ class Clock:
         self.seconds[name], self._last = round(now - self._last, 4), now
 
 
-# --- prompts -----------------------------------------------------------------------------------
+# --- what a run is made of ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class World:
-    """The prompts of a run, rendered, and what turns token ids into texts."""
-
-    prompts: list[Prompt]
-    ids: list[list[int]]
-    texts: list[str]  # their messages as JSON
-    renderer: render.Renderer
-    refused: Counter[str]
-    digest: str
-
-    def split(self, of: Round, config: OnlineConfig, ref_rewards: bool = False) -> Split:
-        return rounds.split_of(of, self.ids, config, ref_rewards)
-
-    def items(self, places: Sequence[int], responses: Sequence[str]) -> list[Item]:
-        """What a labeller is asked about."""
-        of = (self.prompts[i] for i in places)
-        return [Item(p.messages, (text,), p.metadata) for p, text in zip(of, responses, strict=True)]
-
-
-def _rendered(
-    found: list[Prompt], refused: Counter[str], renderer: render.Renderer, model_dir: Path, config: OnlineConfig
-) -> World:
-    """Prompts that leave room for a response in the model's context, as token ids: as many as the rounds take."""
-    text = transformers.AutoConfig.from_pretrained(model_dir).get_text_config()
-    context = getattr(text, "max_position_embeddings", None) or 2**31
-    most = context - config.max_new_tokens
-    if most < 1:
-        raise UsageError(f"max_new_tokens={config.max_new_tokens}: the context of {model_dir} is {context} tokens")
-    prompts, ids, refused = list[Prompt](), list[list[int]](), Counter(refused)
-    order = np.random.default_rng([config.seed, 0]).permutation(len(found))
-    wanted = config.rounds * config.prompts_per_round
-    for i in order:
-        if len(prompts) == wanted:
-            break
-        try:
-            rendered = renderer.prompt_ids(found[i].messages)
-            if len(rendered) > most:
-                raise Reject("too_long", f"{len(rendered)} tokens")
-        except Reject as why:
-            refused[why.reason] += 1
-            continue
-        prompts.append(found[i])
-        ids.append(rendered)
-    if not prompts:
-        reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(refused.items()))
-        raise UserError(
-            f"no prompt can be used ({reasons}); of {context} tokens, {config.max_new_tokens} are for the response"
-        )
-    content = json.dumps([[p.id, p.metadata] for p in prompts], sort_keys=True, default=str)
-    digest = hashlib.sha256(content.encode(errors="backslashreplace")).hexdigest()
-    return World(prompts, ids, rounds.prompt_texts(prompts), renderer, refused, digest)
+def _parts(accelerator: Accelerator, job: Job, at: Progress, checkpoint: Path | None) -> Parts:
+    """The policy, from the model or from the checkpoint, and all that works with it."""
+    config, model_dir = job.config, job.model_dir
+    set_seed(config.seed)
+    kinds = {"scalar"} | ({data.TYPES[i] for i in job.offline.types} if job.offline else set())
+    loaded = policy.load(model_dir, config, checkpoint)
+    scorer = policy.Scorer(loaded, any(config.offset.get(kind) == "learned" for kind in kinds))
+    began = dict(loaded.named_parameters())
+    if checkpoint is not None and not config.lora:
+        began = dict(policy.load(model_dir, config).named_parameters())
+    optimizer = policy.optimizer_of(scorer, config)
+    model, optimizer = accelerator.prepare(scorer, optimizer)
+    scorer = accelerator.unwrap_model(model)
+    layout = policy.settle(scorer, config, accelerator.device)
+    reference = Reference(model_dir, scorer, config, layout, began)
+    sampler = Sampling(accelerator, scorer, layout, job.world, config, job.output, job.engine)
+    if checkpoint is not None:
+        rundir.load_optimizer(scorer, optimizer.optimizer, checkpoint)
+        log.info("continuing after round %d, from %s", at.rounds, checkpoint)
+    job.facts.update(
+        parameters=sum(p.numel() for p in scorer.policy.parameters()),
+        trainable_parameters=sum(p.numel() for p in scorer.policy.parameters() if p.requires_grad),
+        layout=layout,
+        reference_by=reference.how,
+    )
+    learner = Learner(accelerator, model, optimizer, config, job.output, skipped=at.skipped_steps)
+    return Parts(learner, scorer, layout, reference, sampler)
 
 
-def _places(count: int, number: int, config: OnlineConfig) -> list[int]:
-    """Which prompts a round takes: the next ones, in an order that is drawn anew for each pass after the first."""
-    size = min(config.prompts_per_round, count)
-    start = (number - 1) * size
-    found: list[int] = []
-    for epoch in range(start // count, (start + size - 1) // count + 1):
-        order = np.random.default_rng([config.seed, epoch]).permutation(count) if epoch else np.arange(count)
-        found += order[max(0, start - epoch * count) : start + size - epoch * count].tolist()
-    return found
+def _progress(checkpoint: Path | None) -> Progress:
+    if checkpoint is None:
+        return Progress()
+    kept = rundir.checkpoint_facts(checkpoint)
+    names = {f.name for f in dataclasses.fields(Progress)} - {"rounds"}
+    return Progress(rounds=kept["step"], **{name: kept[name] for name in names})
 
 
-# --- rollouts ----------------------------------------------------------------------------------
+def _load_rewards(job: Job, at: Progress) -> None:
+    """Load the labellers, with what was fitted before."""
+    for labeller, fitted in ((job.reward, at.calibration), (job.held_out, at.held_out_calibration)):
+        if labeller is not None:
+            labeller.load(job.output / "rewards")
+            labeller.fitted = fitted or labeller.fitted
 
 
-class Sampling:
-    """Samples from the policy while it is trained; parts of a round are kept on the disk as soon as they are there."""
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        scorer: policy.Scorer,
-        layout: str,
-        world: World,
-        config: OnlineConfig,
-        model_dir: Path,
-        output: Path,
-    ):
-        self.accelerator, self.scorer, self.layout, self.world = accelerator, scorer, layout, world
-        self.config, self.model_dir, self.output = config, model_dir, output
-        self._engine: Any = None
-        self._current = False  # whether the engine has the policy's weights of now
-        self._here = TransformersSampler(scorer.policy, world.renderer.end_of_turn, config.rollout_tokens)
-
-    def round(self, number: int, places: list[int]) -> Round:
-        """A round's responses; parts that a killed run left are taken as they are."""
-        size, parts = self.config.rollout_prompts, []
-        for i in range(0, len(places), size):
-            path = self._part(number, i)
-            if path.exists():
-                parts.append(rounds.read(path))
-                continue
-            parts.append(self._sampled(number, i, places[i : i + size]))
-            rounds.write(path, parts[-1], self.world.texts)
-        return rounds.merged(parts)
-
-    def forget(self, number: int) -> None:
-        """The round is whole, and its parts are no longer needed."""
-        for path in (self.output / "rounds").glob(f"part-{number:06d}-*.parquet"):
-            path.unlink()
-
-    def _part(self, number: int, first: int) -> Path:
-        return self.output / "rounds" / f"part-{number:06d}-{first:08d}.parquet"
-
-    def _sampled(self, number: int, first: int, places: list[int]) -> Round:
-        seeds = [_seed(self.config, number, first + i) for i in range(len(places))]
-        found = self._sample(places, self.config.samples_per_prompt, seeds)
-        every = [one for of in found for one in of]
-        return Round(
-            number,
-            [place for place, of in zip(places, found, strict=True) for _ in of],
-            every,
-            [self.world.renderer.words(one.ids) for one in every],
-        )
-
-    def _sample(self, places: list[int], n: int, seeds: list[int]) -> list[list[Sampled]]:
-        prompts = [self.world.ids[place] for place in places]
-        how = {"temperature": self.config.temperature, "top_p": self.config.top_p}
-        room = self.config.max_new_tokens
-        if self.config.engine != "transformers":
-            return self._elsewhere(lambda of: of.sample(prompts, n=n, max_new_tokens=room, seeds=seeds, **how))
-        self.scorer.use(False, self.scorer.chunked)  # attention with a cache
-        try:
-            with self.accelerator.autocast():
-                return self._here.sample(prompts, n=n, max_new_tokens=room, seeds=seeds, **how)
-        finally:
-            self.scorer.use(self.layout != "padded", self.scorer.chunked)
-
-    def _elsewhere(self, call: Callable[[Any], list[list[Sampled]]]) -> list[list[Sampled]]:
-        """Call an engine that has the policy's weights of now; one that died is started again, a few times."""
-        for attempt in range(RESTARTS + 1):
-            try:
-                self._engine = self._engine or self._started()
-                if not self._current:
-                    self._engine.update(self._saved())
-                    self._current = True
-                return call(self._engine)
-            except EngineDied as error:
-                if attempt == RESTARTS:
-                    raise UserError(f"{error}; it died {attempt + 1} times in a row: continue with --resume") from None
-                log.warning("%s; starting it again, nothing that was finished is lost", error)
-                self.close()
-        raise AssertionError
-
-    def _started(self) -> Any:
-        self._current = False
-        return engines.load_sampler(
-            self.config.engine,
-            str(self.model_dir),
-            dtype=self.config.dtype,
-            batch_tokens=self.config.rollout_tokens,
-            max_length=max(map(len, self.world.ids)) + self.config.max_new_tokens,
-            end_of_turn=self.world.renderer.end_of_turn,
-            adapter=str(self._saved()) if self.config.lora else None,
-        )
-
-    def _saved(self) -> Path:
-        """The policy's weights, or its adapter, as files that an engine reads."""
-        where = self.output / ".engine-weights"
-        weights = self.scorer.policy.state_dict()
-        if not self.config.lora:
-            weights = {name: value.to(policy.DTYPES[self.config.dtype]) for name, value in weights.items()}
-        self.scorer.policy.save_pretrained(where, state_dict=weights)
-        return where
-
-    def moved(self) -> None:
-        """The policy has changed: an engine elsewhere needs its weights before it samples again."""
-        self._current = False
-
-    def close(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
-        self._engine = None
-        shutil.rmtree(self.output / ".engine-weights", ignore_errors=True)
-
-    def reference_rewards(self, of: Round, reward: Rewards) -> list[np.ndarray]:
-        """Rewards of responses that the reference, which is in the policy's place, gives to each response's prompt."""
-        places = sorted(set(of.places))
-        seeds = [_seed(self.config, of.number, i) + 1 for i in range(len(places))]
-        found = dict(zip(places, self._sample(places, self.config.reference_samples, seeds), strict=True))
-        rewards = {}
-        for place, sampled in found.items():
-            these = Round(
-                of.number, [place] * len(sampled), sampled, [self.world.renderer.words(s.ids) for s in sampled]
-            )
-            rewarded(these, self.world, reward, None, dataclasses.replace(self.config, missing_eos="penalize"))
-            rewards[place] = np.nan_to_num(these.rewards, nan=self.config.penalty)
-        return [rewards[place] for place in of.places]
+def _watched(config: OnlineConfig) -> watch.Watch:
+    watched = watch.Watch(config.rounds, config)
+    if config.offset["scalar"] != "none":
+        watched.first["scalar"] = 1.0  # where rewards are near 1, an offset brings what is predicted there
+    return watched
 
 
-def _seed(config: OnlineConfig, number: int, i: int) -> int:
-    """What the samples to the i-th prompt of a round depend on."""
-    return int(np.random.SeedSequence([config.seed, number, i]).generate_state(1)[0]) * 2
+def _earlier(job: Job, at: Progress) -> deque[Split]:
+    """Rows of the newest rounds that are done, as many as are replayed."""
+    config = job.config
+    first = max(1, at.rounds - config.replay_rounds + 1) if config.replay_ratio else at.rounds + 1
+    found = (job.world.split(rounds.read(job.file(number)), config) for number in range(first, at.rounds + 1))
+    return deque(found, maxlen=config.replay_rounds)
 
 
-# --- rewards -----------------------------------------------------------------------------------
+def _again(job: Job, number: int) -> Round:
+    """A round as it was sampled, rewarded and scored before."""
+    this = rounds.read(job.file(number))
+    for labeller, raw in ((job.reward, this.raw), (job.held_out, this.held_out)):
+        if labeller and labeller.fitted is None:
+            labeller.calibrated(raw)
+    return this
 
 
-def rewarded(of: Round, world: World, reward: Rewards, held_out: Rewards | None, config: OnlineConfig) -> None:
-    """Fill in raw scores, rewards, and what was decided about which response."""
-    n = len(of.places)
-    of.why, of.raw, of.held_out = [None] * n, np.full(n, np.nan), np.full(n, np.nan)
-    for i, (text, sampled) in enumerate(zip(of.responses, of.sampled, strict=True)):
-        if not text.strip():
-            of.why[i] = "blank: penalised"
-        elif not sampled.finished and config.missing_eos != "keep":
-            of.why[i] = "no end: penalised" if config.missing_eos == "penalize" else "no end: left out"
-    open_ = [i for i, why in enumerate(of.why) if why is None]
-    items = world.items([of.places[i] for i in open_], [of.responses[i] for i in open_])
-    for i, score in zip(open_, reward.raw(items), strict=True):
-        if isinstance(score, Reject):
-            of.why[i] = f"{score.reason}: {score.detail}"
-        else:
-            of.raw[i] = score
-    _check_rewarded(of, config)
-    of.rewards = reward.calibrated(of.raw) if np.isfinite(of.raw).any() else of.raw.copy()
-    of.rewards[[i for i, why in enumerate(of.why) if why and why.endswith("penalised")]] = config.penalty
-    if held_out and open_:
-        raw = np.array([np.nan if isinstance(s, Reject) else s for s in held_out.raw(items)])
-        of.held_out[open_] = held_out.calibrated(raw)
+def _steps(number: int, split: Split, parts: Parts, job: Job, at: Progress) -> tuple[list[Judged], float]:
+    """UNA's steps on a round's rows: these as they were judged before their step, and the last gradient's norm."""
+    config, learner = job.config, parts.learner
+    now = dataclasses.replace(config, beta={kind: b * at.beta_factor for kind, b in config.beta.items()})
+    objectives = Objectives(now, split)
+    objectives.load_state({kind: means for kind, means in at.offsets.items() if kind in objectives.running})
+    order = data.Order(split, config.batch_size, int(_rng(config, number).integers(2**31)))
+    count = order.total(config.epochs, None)
+    planned = _steps_of(config, min(config.prompts_per_round, len(job.world.prompts)))
+    first, judged, norm = (number - 1) * planned, list[Judged](), math.nan
+    ahead = range(1, count + 1)
+    for step, _ in planned_steps(learner.accelerator, split, order, ahead, objectives, parts.layout, False, now):
+        place = first + min(step.number, planned)  # a bundle more than planned may take a step more
+        shape = learning_rate(place, planned * config.rounds, config) / config.learning_rate
+        of_step, norm = learner.step(step, first + step.number, shape, objectives, split)
+        judged += of_step
+    at.steps, at.offsets = at.steps + count, {**at.offsets, **objectives.state()}
+    return judged, norm
 
 
-def _check_rewarded(of: Round, config: OnlineConfig) -> None:
-    """`UserError` when too many responses got no score; the samples stay, for when the labeller is mended."""
-    lost = [why for why in of.why if why and not why.endswith(("penalised", "left out"))]
-    if len(lost) > config.max_unrewarded * len(of.why):
-        raise UserError(
-            f"round {of.number}: {len(lost)} of {len(of.why)} responses got no score, more than max_unrewarded="
-            f"{config.max_unrewarded:g}; the first: {lost[0]}"
-        )
+def _steered(kl: float, config: OnlineConfig) -> float:
+    """By what a round's KL changes β: by a fifth at most."""
+    if config.kl_target is None:
+        return 1.0
+    return 1 + config.kl_gain * min(max(kl / config.kl_target - 1, -0.2), 0.2)
+
+
+def _lone(told: dict[str, Any], config: OnlineConfig, warned: set[str]) -> list[str]:
+    """What is said, once, of responses that have none to be compared with."""
+    if not told["lone"] or config.offset["scalar"] != "group_mean" or "lone" in warned:
+        return []
+    warned.add("lone")
+    return [
+        f"{told['lone']} responses have no other to their prompt that differs, so offset.scalar=group_mean has "
+        "nothing to compare them with: the running mean (ema) takes its place for them"
+    ]
+
+
+def _save(job: Job, parts: Parts, at: Progress, seconds: float) -> None:
+    scorer = parts.scorer
+    at.seconds, at.skipped_steps, at.calibration = seconds, parts.learner.skipped, job.reward.fitted
+    at.held_out_calibration = job.held_out.fitted if job.held_out else None
+    kept = {name: value for name, value in dataclasses.asdict(at).items() if name != "rounds"}
+    state = rundir.optimizer_state(scorer, parts.learner.optimizer.optimizer)
+    rundir.save_checkpoint(
+        job.output,
+        at.rounds,
+        scorer.policy,
+        rundir.gathered(scorer.policy.state_dict()),
+        rundir.gathered(state),
+        kept,
+        job.config.keep_checkpoints,
+    )
+
+
+def _finished(
+    accelerator: Accelerator, job: Job, parts: Parts, at: Progress, history: list[dict[str, Any]], seconds: float
+) -> dict[str, Any]:
+    """Save the policy and say that the run is complete; its summary."""
+    config, output, facts = job.config, job.output, job.facts
+    final = _result(history, config)
+    facts |= {"optimizer_steps": at.steps, "skipped_steps": parts.learner.skipped, "calibration": job.reward.fitted}
+    facts |= {"seconds": seconds, "final": {"test": None, "online": final}}
+    weights = rundir.gathered(parts.scorer.policy.state_dict())
+    policy.save(output / "policy", parts.scorer.policy, weights, facts["model"], job.model_dir, config)
+    rundir.write(output / "run.json", json.dumps(facts, indent=2) + "\n")  # last: now the run is complete
+    accelerator.end_training()
+    _print_result(final, facts, output)
+    return {"policy": str(output / "policy"), "rounds": config.rounds, **final, "seconds": round(seconds, 3)}
 
 
 # --- what is trained on ------------------------------------------------------------------------
@@ -623,8 +470,30 @@ def _offline(dataset: Path | None, config: OnlineConfig) -> Split | None:
     return split
 
 
-def _file(output: Path, number: int) -> Path:
-    return output / "rounds" / f"round-{number:06d}.parquet"
+def _rewards(args: argparse.Namespace, config: OnlineConfig) -> tuple[Rewards, Rewards | None]:
+    reward = Rewards(args.reward, config.calibrate, config.reward_temperature)
+    held_out = Rewards(args.held_out_reward, "auto", 1.0) if args.held_out_reward else None
+    if reward.pairs and config.samples_per_prompt < 2:
+        raise UsageError(f"--reward {args.reward}: compares responses to a prompt; set samples_per_prompt to 2 or more")
+    if reward.pairs and config.offset["scalar"] in FROM_REFERENCE:
+        offset = config.offset["scalar"]
+        raise UsageError(
+            f"offset.scalar={offset} takes rewards of the reference's responses, and --reward {args.reward} compares "
+            "responses of one model; use group_mean"
+        )
+    if held_out and held_out.pairs:
+        raise UsageError(
+            f"--held-out-reward {args.held_out_reward}: compares responses of one policy, which win half the time in "
+            "every round; give a labeller of single responses"
+        )
+    return reward, held_out
+
+
+def _engine(args: argparse.Namespace, config: OnlineConfig, server: dict[str, Any]) -> Callable[..., Any]:
+    """Starts the engine that samples elsewhere; it takes `max_length`, `end_of_turn` and `adapter`."""
+    model = args.model if config.engine == "server" else str(models.local(args.model))
+    how = {"dtype": config.dtype, "batch_tokens": config.rollout_tokens, **server}
+    return partial(engines.load_sampler, config.engine, model, **how)
 
 
 def _result(history: list[dict[str, Any]], config: OnlineConfig) -> dict[str, Any]:

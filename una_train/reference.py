@@ -24,10 +24,12 @@ from una_train.policy import Scorer
 class Reference:
     """The reference beside a policy that is trained; made before the first step, or of the model that it began with."""
 
-    def __init__(self, model_dir: Path, scorer: Scorer, config: OnlineConfig, started_from: dict[str, torch.Tensor]):
+    def __init__(
+        self, model_dir: Path, scorer: Scorer, config: OnlineConfig, layout: str, started_from: dict[str, torch.Tensor]
+    ):
         how = config.reference
         self.how = how if how != "auto" else "adapter" if config.lora else "weights"
-        self.model_dir, self.scorer, self.config = model_dir, scorer, config
+        self.model_dir, self.scorer, self.config, self.layout = model_dir, scorer, config, layout
         self._weights = {}
         if self.how == "weights":
             names = [name for name, _ in scorer.policy.named_parameters()]
@@ -56,15 +58,15 @@ class Reference:
                 self._weights[name] = parameter.data.cpu()
                 parameter.data.copy_(other)
 
-    def score(self, accelerator: Accelerator, model: nn.Module, split: Split, layout: str) -> list[np.ndarray]:
+    def score(self, accelerator: Accelerator, model: nn.Module, split: Split) -> list[np.ndarray]:
         """log π_ref of each row's response tokens, nats, float32, in the order of the split's rows."""
         if self.how == "stage":
             return self._by_engine(split)
         found: list[np.ndarray] = [np.empty(0, np.float32)] * len(split.rewards)
         model.eval()
         with torch.no_grad(), self.in_place():
-            for micro in data.micro_batches(split, split.bundles(), self.config.micro_batch_tokens, layout):
-                batch = data.collate(split, micro, layout).to(accelerator.device)
+            for micro in data.micro_batches(split, split.bundles(), self.config.micro_batch_tokens, self.layout):
+                batch = data.collate(split, micro, self.layout).to(accelerator.device)
                 logps, _ = model(batch)
                 rows = [row for group in batch.groups for row in group]
                 for row, of in zip(rows, np.split(logps.cpu().numpy(), np.cumsum(batch.lengths)[:-1]), strict=True):

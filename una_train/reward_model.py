@@ -36,6 +36,7 @@ from schemas.conversation import Conversation
 from schemas.errors import Reject, UserError
 from schemas.fingerprint import local_model
 from schemas.manifest import Manifest
+from scoring import agreement
 from una_train import config as settings
 from una_train import data, evaluate, losses, policy, rundir
 from una_train.config import RewardConfig
@@ -388,7 +389,7 @@ def _judged(first: Tensor, second: Tensor, pairs: Sequence[Pair], loss: Tensor) 
 
 def _metrics(judged: list[tuple[float, float, float]]) -> dict[str, Any]:
     margins, p, each = np.array(sorted(judged)).T  # sorted, so that sums do not depend on the processes
-    return {"count": len(each), "loss": float(each.mean()), "accuracy": evaluate.accuracy(margins, p)}
+    return {"count": len(each), "loss": float(each.mean()), "accuracy": agreement.accuracy(margins, p)}
 
 
 def save(path: Path, model: Any, model_dir: Path, config: RewardConfig) -> None:

@@ -1,10 +1,13 @@
 """What a labeller of `una label` says of responses, as rewards in [0, 1] that mean the same in every round.
 
 The raw score is calibrated by the ends of the labeller's scale, by a sigmoid, or by statistics of the first round,
-which are kept with the run. A response that the labeller gives no score has a `Reject` for one.
+which are kept with the run. A response that the labeller gives no score has a `Reject` for one. A labeller that
+compares two responses rewards one by its mean win rate against the others to its prompt.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from pipelines import labellers
 from pipelines.labellers import calibration
 from pipelines.labellers.base import Item, Outcome, Score
 from pipelines.labellers.cache import Cache
-from schemas.errors import Reject, UsageError, UserError
+from schemas.errors import Reject, UserError
 
 
 class Rewards:
@@ -23,11 +26,10 @@ class Rewards:
     def __init__(self, spec: str, calibrate: str, temperature: float):
         self._asked = asked = labellers.asked(spec)
         kind = asked.kind
-        if kind.pairs(asked.settings):
-            raise UsageError(f"{spec}: this labeller compares two responses; online rewards are of one response each")
+        self.pairs = kind.pairs(asked.settings)
         self.identity = kind.identify(asked.settings)
         name, ends = self.identity.labeller, self.identity.ends
-        self.scale = calibration.choose(calibrate, name, ends, False, temperature)
+        self.scale = calibration.choose(calibrate, name, ends, self.pairs, temperature)
         self.fitted: dict[str, Any] | None = None
         if self.scale.method in ("none", "range", "sigmoid"):
             self.fitted = calibration.fit(self.scale, np.empty(0), np.empty(0), (np.nan, np.nan))
@@ -52,6 +54,31 @@ class Rewards:
             found[i] = self._checked(outcome)
         assert None not in found, f"{self.identity.labeller}: no outcome of item {found.index(None)}"
         return found  # type: ignore[return-value]
+
+    def win_rates(self, items: Sequence[Item], places: Sequence[int], lost: Mapping[int, int]) -> list[float | Reject]:
+        """How often each response is better than the others to its prompt, of a labeller that compares two.
+
+        `places`: the items' prompts. `lost`: how many more responses a prompt has, which lose to all of these. Equal
+        texts are a tie, which nobody is asked about; a comparison without an outcome counts for neither.
+        """
+        of_prompt: dict[int, list[int]] = {}
+        for i, place in enumerate(places):
+            of_prompt.setdefault(place, []).append(i)
+        pairs = [pair for same in of_prompt.values() for pair in combinations(same, 2)]
+        texts = [one.responses[0] for one in items]
+        differ = [(i, j) for i, j in pairs if texts[i] != texts[j]]
+        said = self.raw([Item(items[i].prompt, (texts[i], texts[j]), items[i].metadata) for i, j in differ])
+        of_pair = dict(zip(differ, said, strict=True))
+        won = [[1.0] * lost.get(place, 0) for place in places]
+        why: dict[int, Reject] = {}
+        for i, j in pairs:
+            p = of_pair.get((i, j), 0.5)
+            if isinstance(p, Reject):
+                why |= {i: p, j: p}
+            else:
+                won[i].append(p)
+                won[j].append(1 - p)
+        return [math.fsum(of) / len(of) if of else why[i] for i, of in enumerate(won)]
 
     def _checked(self, outcome: Outcome) -> float | Reject:
         if not isinstance(outcome, Score):

@@ -142,7 +142,7 @@ def merged(parts: Sequence[Round]) -> Round:
 # --- what is trained on --------------------------------------------------------------------------
 
 
-def split_of(of: Round, prompt_ids: Sequence[list[int]], config: OnlineConfig, ref_rewards: bool) -> Split:
+def split_of(of: Round, prompt_ids: Sequence[list[int]], config: OnlineConfig) -> Split:
     """The rewarded responses as scalar rows, those of a prompt adjacent; log π_ref is 0 where it is not known yet."""
     rows = np.flatnonzero(np.isfinite(of.rewards)).tolist()
     prompts = [prompt_ids[of.places[i]] for i in rows]
@@ -166,7 +166,7 @@ def split_of(of: Round, prompt_ids: Sequence[list[int]], config: OnlineConfig, r
         source_names=[SOURCE],
         group_rows=groups,
         bundle_starts=starts,
-        ref_rewards=_flat([of.ref_rewards[i] for i in rows], np.float64) if ref_rewards else None,
+        ref_rewards=_flat([of.ref_rewards[i] for i in rows], np.float64) if of.ref_rewards else None,
         lone=lone(groups[:, 0], starts, responses),
     )
 

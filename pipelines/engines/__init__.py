@@ -1,5 +1,6 @@
 """Engines that compute response log-probs under the reference model, or sample responses from a model."""
 
+import argparse
 import importlib.metadata
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -112,6 +113,24 @@ def device_of(asked: str) -> str:
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """How responses are sampled; `UsageError` for what has no meaning."""
+
+    max_new_tokens: int
+    n: int = 1  # responses to each prompt
+    temperature: float = 1.0  # 0: always the likeliest token
+    top_p: float = 1.0  # among the likeliest tokens that reach it together
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError(f"--temperature {self.temperature:g}: must be a number, 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"--top-p {self.top_p:g}: must lie above 0, at most 1")
+
+
+@dataclass(frozen=True)
 class Sampled:
     """A response as a model wrote it."""
 
@@ -125,20 +144,15 @@ class Sampler(Protocol):
 
     version: str
 
-    def sample(
-        self,
-        prompts: Sequence[list[int]],
-        *,
-        n: int,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: int,
-        seeds: Sequence[int],
-    ) -> list[list[Sampled]]:
-        """`n` responses to each prompt's token ids. `seeds`: one for each prompt; its samples have their own from it.
+    def sample(self, prompts: Sequence[list[int]], how: Decoding, seeds: Sequence[int]) -> list[list[Sampled]]:
+        """`how.n` responses to each prompt's token ids. `seeds`: one for each prompt; its samples have their own of it.
 
         A prompt with its seed gives the same samples beside whatever others, but for the rounding of logits.
         """
+        ...
+
+    def close(self) -> None:
+        """Let go of what it holds outside of this process; nothing is sampled afterwards."""
         ...
 
 
@@ -151,9 +165,11 @@ def load_sampler(
     max_length: int,
     end_of_turn: int,
     adapter: str | None = None,
+    **server: Any,
 ) -> Sampler:
     """Load what samples by the engine's name. `max_length`: the longest prompt plus response, in tokens; `adapter`: the
-    directory of a LoRA adapter to the model."""
+    directory of a LoRA adapter to the model, here or in a store; `server`: where one is, as `options` gives it."""
+    from pipelines import models
     from pipelines.engines.sampling import LOADERS
 
     load_one: Any = LOADERS[name]
@@ -163,5 +179,15 @@ def load_sampler(
         batch_tokens=batch_tokens,
         max_length=max_length,
         end_of_turn=end_of_turn,
-        adapter=adapter,
+        adapter=adapter and str(models.local(adapter)),
+        **server,
     )
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the server of `--engine server` is, as `options` takes it."""
+    a = parser.add_argument
+    a("--server", metavar="URL", help="engine server: its address, http://HOST:PORT/v1")
+    a("--server-model", metavar="NAME", help="engine server: what it calls the model (as --model does)")
+    a("--server-key-env", metavar="NAME", default=DEFAULTS["server_key_env"],
+      help="environment variable that holds the server's key (OPENAI_API_KEY)")  # fmt: skip

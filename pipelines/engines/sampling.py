@@ -1,4 +1,4 @@
-"""Responses sampled from a model, with their log-probs: transformers with a KV cache, and vLLM in this process.
+"""Responses sampled from a model, with their log-probs: transformers with a KV cache, and vLLM on this machine.
 
 Every sample has random numbers of its own, made of its seed and nothing else, so what it is does not depend on what is
 sampled beside it but for the last digits of logits. Log-probs are those of the model at temperature 1, before top-p.
@@ -7,16 +7,11 @@ Shapes: B samples of a batch, V vocabulary.
 """
 
 import hashlib
-import http.client
 import inspect
-import json
-import os
+import logging
 import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
-from concurrent.futures import InvalidStateError, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import InvalidStateError
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -26,9 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.engines import Sampled, device_of, vllm
+from pipelines import models
+from pipelines.engines import Decoding, Sampled, Sampler, device_of, vllm
 from pipelines.engines.transformers import batches, network
 from schemas.errors import UserError
+
+log = logging.getLogger(__name__)
+RESTARTS = 3  # of an engine in a row
 
 
 class TransformersSampler:
@@ -43,26 +42,21 @@ class TransformersSampler:
         short = "logits_to_keep" in inspect.signature(base.forward).parameters
         self._last_only = {"logits_to_keep": 1} if short else {}
 
-    def sample(
-        self,
-        prompts: Sequence[list[int]],
-        *,
-        n: int,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: int,
-        seeds: Sequence[int],
-    ) -> list[list[Sampled]]:
+    def sample(self, prompts: Sequence[list[int]], how: Decoding, seeds: Sequence[int]) -> list[list[Sampled]]:
         found: list[list[Sampled]] = [[] for _ in prompts]
+        n, room = how.n, how.max_new_tokens
         with _evaluating(self.model), torch.no_grad():
-            for batch in batches([n * (len(p) + max_new_tokens) for p in prompts], self.budget):
-                u = np.stack([draws(seeds[i], j, max_new_tokens) for i in batch for j in range(n)])
-                sampled = self._batch([prompts[i] for i in batch], n, torch.from_numpy(u), temperature, top_p)
+            for batch in batches([n * (len(p) + room) for p in prompts], self.budget):
+                u = np.stack([draws(seeds[i], j, room) for i in batch for j in range(n)])
+                sampled = self._batch([prompts[i] for i in batch], n, torch.from_numpy(u), how)
                 for k, i in enumerate(batch):
                     found[i] = sampled[k * n : (k + 1) * n]
         return found
 
-    def _batch(self, prompts: list[list[int]], n: int, u: Tensor, temperature: float, top_p: float) -> list[Sampled]:
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _batch(self, prompts: list[list[int]], n: int, u: Tensor, how: Decoding) -> list[Sampled]:
         """`n` samples of each prompt; a prompt is read once. `u` [B, most]: the random numbers."""
         device = next(self.model.parameters()).device
         ids, mask = _padded_left(prompts, device)
@@ -76,7 +70,7 @@ class TransformersSampler:
         cache, logits = out.past_key_values, out.logits[:, -1]
         cuts = all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
         if n > 1 and not cuts:
-            return self._batch([prompt for prompt in prompts for _ in range(n)], 1, u, temperature, top_p)
+            return self._batch([prompt for prompt in prompts for _ in range(n)], 1, u, how)
         if n > 1:
             cache.batch_repeat_interleave(n)
             logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
@@ -86,7 +80,7 @@ class TransformersSampler:
         logps = torch.zeros(u.shape, dtype=torch.float32, device=device)
         for t in range(u.shape[1]):
             of_all = logits.float().log_softmax(-1)
-            token = choose(of_all, u[rows, t], temperature, top_p)
+            token = choose(of_all, u[rows, t], how.temperature, how.top_p)
             tokens[rows, t], logps[rows, t] = token, of_all.gather(1, token[:, None])[:, 0]
             going = token != self.end
             if t == u.shape[1] - 1 or not going.any():
@@ -206,41 +200,73 @@ class VllmSampler:
         with suppress(Exception):  # it may be gone already
             self.llm.llm_engine.engine_core.shutdown()
 
-    def sample(
-        self,
-        prompts: Sequence[list[int]],
-        *,
-        n: int,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: int,
-        seeds: Sequence[int],
-    ) -> list[list[Sampled]]:
+    def sample(self, prompts: Sequence[list[int]], how: Decoding, seeds: Sequence[int]) -> list[list[Sampled]]:
         from vllm import SamplingParams, TokensPrompt
 
-        def params(seed: int, j: int) -> Any:
+        def params(seed: int) -> Any:
             return SamplingParams(
-                temperature=temperature,
-                top_p=top_p,
-                max_tokens=max_new_tokens,
-                seed=_seed(seed, j),
+                temperature=how.temperature,
+                top_p=how.top_p,
+                max_tokens=how.max_new_tokens,
+                seed=seed,
                 logprobs=0,  # of the token that was sampled alone; by default those before temperature and top-p
                 stop_token_ids=[self.end],
                 ignore_eos=True,
                 detokenize=False,
             )
 
-        asked = [(p, params(seed, j)) for p, seed in zip(prompts, seeds, strict=True) for j in range(n)]
-        inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt, _ in asked]
+        inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts for _ in range(how.n)]
+        asked = [params(seed) for seed in sample_seeds(seeds, how.n)]
         with self._lock, _telling():
-            outputs = self.llm.generate(inputs, [p for _, p in asked], use_tqdm=False, lora_request=self._adapter)
+            outputs = self.llm.generate(inputs, asked, use_tqdm=False, lora_request=self._adapter)
         sampled = [self._sampled(output.outputs[0]) for output in outputs]
-        return [sampled[i : i + n] for i in range(0, len(sampled), n)]
+        return [sampled[i : i + how.n] for i in range(0, len(sampled), how.n)]
 
     def _sampled(self, output: Any) -> Sampled:
         ids = list(output.token_ids)
         logps = [of[token].logprob for of, token in zip(output.logprobs, ids, strict=True)]
         return Sampled(ids, np.array(logps, np.float32), ids[-1] == self.end)
+
+
+class Lasting:
+    """See `pipelines.engines.Sampler`: one that is started again, with its newest weights, when its engine dies."""
+
+    def __init__(self, start: Callable[[], VllmSampler]):
+        self._start, self._weights = start, list[str | Path | None]()
+        self._sampler: VllmSampler | None = start()
+        self.version = self._sampler.version
+
+    def sample(self, prompts: Sequence[list[int]], how: Decoding, seeds: Sequence[int]) -> list[list[Sampled]]:
+        return self._call(lambda sampler: sampler.sample(prompts, how, seeds))
+
+    def update(self, directory: str | Path | None) -> None:
+        self._weights = [directory]
+        self._call(lambda sampler: sampler.update(directory))
+
+    def _call(self, what: Callable[[VllmSampler], Any]) -> Any:
+        for _ in range(RESTARTS):
+            try:
+                return what(self._running())
+            except EngineDied as error:
+                log.warning("%s; starting it again, nothing that was finished is lost", error)
+                self.close()
+        try:
+            return what(self._running())
+        except EngineDied as error:
+            self.close()
+            raise UserError(f"{error}, {RESTARTS + 1} times in a row; is there memory enough for it?") from None
+
+    def _running(self) -> VllmSampler:
+        if self._sampler is None:
+            self._sampler = self._start()
+            for directory in self._weights:
+                self._sampler.update(directory)
+        return self._sampler
+
+    def close(self) -> None:
+        if self._sampler is not None:
+            self._sampler.close()
+        self._sampler = None
 
 
 def _watch(core: Any) -> None:
@@ -269,92 +295,10 @@ def _telling() -> Iterator[None]:
         raise EngineDied("the process of vLLM's engine is gone") from error
 
 
-def _seed(seed: int, sample: int) -> int:
-    """The seed of a prompt's sample, 63 bits."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {sample}".encode(), digest_size=8).digest()) >> 1
-
-
-# --- a server ------------------------------------------------------------------------------------
-
-TRIES, AT_A_TIME, TIMEOUT = 5, 64, 600.0  # of a request; requests at once; seconds
-
-
-class ServerSampler:
-    """See `pipelines.engines.Sampler`: an OpenAI-compatible vLLM server, which sees this machine's directories.
-
-    Weights are exchanged in a server that was started with VLLM_SERVER_DEV_MODE=1 and `--worker-extension-cls
-    pipelines.engines.sampling.Reloading`; adapters in one with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and `--enable-lora`.
-    """
-
-    version = "server"
-
-    def __init__(self, url: str, model: str, end_of_turn: int, lora: bool = False, key: str = ""):
-        self.url, self.model, self.end, self._lora, self._key = url.rstrip("/"), model, end_of_turn, lora, key
-        self._named, self._adapters = model, 0
-
-    def update(self, directory: str | Path | None) -> None:
-        """Sample from now on from the weights in a directory: a whole model's, or an adapter's (None: without one)."""
-        if not self._lora:
-            root = self.url.removesuffix("/v1")
-            where = str(Path(str(directory)).resolve())
-            self._post(f"{root}/collective_rpc", {"method": "take_weights", "args": [where]})
-            self._post(f"{root}/reset_prefix_cache", {})
-            return
-        if self._named != self.model:
-            self._post(f"{self.url}/unload_lora_adapter", {"lora_name": self._named})
-        self._named, self._adapters = self.model, self._adapters + 1
-        if directory:
-            name = f"una-{os.getpid()}-{self._adapters}"
-            asked = {"lora_name": name, "lora_path": str(Path(directory).resolve())}
-            self._post(f"{self.url}/load_lora_adapter", asked)
-            self._named = name
-
-    def close(self) -> None:
-        """The server goes on without what this run put there."""
-        if self._named != self.model:
-            with suppress(EngineDied, UserError):
-                self.update(None)
-
-    def sample(
-        self,
-        prompts: Sequence[list[int]],
-        *,
-        n: int,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: int,
-        seeds: Sequence[int],
-    ) -> list[list[Sampled]]:
-        def one(prompt: list[int], seed: int) -> Sampled:
-            asked = {"model": self._named, "prompt": prompt, "temperature": temperature, "top_p": top_p, "seed": seed}
-            asked |= {"max_tokens": max_new_tokens, "logprobs": 0, "return_token_ids": True}
-            asked |= {"stop_token_ids": [self.end], "ignore_eos": True}
-            choice = json.loads(self._post(f"{self.url}/completions", asked))["choices"][0]
-            ids, logps = choice["token_ids"], np.array(choice["logprobs"]["token_logprobs"], np.float32)
-            return Sampled(ids, logps, ids[-1] == self.end)
-
-        asked = [(p, _seed(seed, j)) for p, seed in zip(prompts, seeds, strict=True) for j in range(n)]
-        with ThreadPoolExecutor(AT_A_TIME) as pool:
-            found = list(pool.map(lambda each: one(*each), asked))
-        return [found[i : i + n] for i in range(0, len(found), n)]
-
-    def _post(self, url: str, content: dict[str, Any]) -> bytes:
-        """The answer's body; `EngineDied` when there is none after some tries, `UserError` when it is refused."""
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
-        for attempt in range(TRIES):
-            try:
-                request = urllib.request.Request(url, json.dumps(content).encode(), headers)
-                with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-                    return answer.read()
-            except urllib.error.HTTPError as error:
-                if error.code < 500 and error.code != 429:
-                    said = error.read()[:300].decode(errors="replace")
-                    raise UserError(f"{url}: the server refuses this ({error.code}): {said}") from None
-                problem: Exception = error
-            except (OSError, http.client.HTTPException) as error:
-                problem = error
-            time.sleep(2**attempt)
-        raise EngineDied(f"{url}: no answer after {TRIES} tries ({problem})")
+def sample_seeds(seeds: Sequence[int], n: int) -> list[int]:
+    """The seeds of `n` samples of each prompt, 63 bits each."""
+    texts = (f"{seed} {sample}".encode() for seed in seeds for sample in range(n))
+    return [int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1 for text in texts]
 
 
 # --- loading -------------------------------------------------------------------------------------
@@ -363,51 +307,41 @@ class ServerSampler:
 def load_transformers(
     model: str, *, dtype: str, batch_tokens: int, max_length: int, end_of_turn: int, adapter: str | None
 ) -> TransformersSampler:
-    """A model directory with a LoRA adapter's directory in it, onto the GPU if there is one, else the CPU."""
+    """A model directory, here or in a store, with a LoRA adapter in it, onto the GPU if there is one, else the CPU."""
     return TransformersSampler(network(model, dtype, adapter).to(device_of("auto")), end_of_turn, batch_tokens)
 
 
 def load_vllm(
     model: str, *, dtype: str, batch_tokens: int, max_length: int, end_of_turn: int, adapter: str | None
-) -> VllmSampler:
-    """vLLM on a local model directory; with an adapter, that adapter, which `update` exchanges."""
-    options: dict[str, Any] = {}
-    if adapter:
-        options = {"enable_lora": True, "max_lora_rank": vllm.rank(adapter)}
-    llm = vllm.start(
-        model,
-        dtype=dtype,
-        max_model_len=max_length,
-        max_num_batched_tokens=max(batch_tokens, max_length),
-        enable_prefix_caching=True,  # the samples of a prompt share it
-        generation_config="vllm",
-        enforce_eager=not torch.cuda.is_available(),  # on a CPU, to compile takes a minute
-        worker_extension_cls=f"{__name__}.{Reloading.__name__}",
-        **options,
-    )
-    sampler = VllmSampler(llm, end_of_turn, lora=adapter is not None)
+) -> Lasting:
+    """vLLM on a model directory, here or in a store; with an adapter, that adapter, which `update` exchanges."""
+    lora: dict[str, Any] = {"enable_lora": True, "max_lora_rank": vllm.rank(adapter)} if adapter else {}
+
+    def started() -> VllmSampler:
+        llm = vllm.start(
+            str(models.local(model)),
+            dtype=dtype,
+            max_model_len=max_length,
+            max_num_batched_tokens=max(batch_tokens, max_length),
+            enable_prefix_caching=True,  # the samples of a prompt share it
+            generation_config="vllm",
+            enforce_eager=not torch.cuda.is_available(),  # on a CPU, to compile takes a minute
+            worker_extension_cls=f"{__name__}.{Reloading.__name__}",
+            **lora,
+        )
+        return VllmSampler(llm, end_of_turn, lora=bool(lora))
+
+    sampler = Lasting(started)
     if adapter:
         sampler.update(adapter)
     return sampler
 
 
-def load_server(
-    model: str, *, dtype: str, batch_tokens: int, max_length: int, end_of_turn: int, adapter: str | None
-) -> ServerSampler:
-    """The server of UNA_SERVER (http://HOST:PORT/v1), its key in UNA_SERVER_KEY; it samples the first of its models."""
-    url, key = os.environ.get("UNA_SERVER", ""), os.environ.get("UNA_SERVER_KEY", "")
-    if not url:
-        raise UserError("engine server: set UNA_SERVER to the server's address, http://HOST:PORT/v1")
-    asked = urllib.request.Request(f"{url.rstrip('/')}/models", headers={"Authorization": f"Bearer {key}"})
-    try:
-        with urllib.request.urlopen(asked, timeout=TIMEOUT) as answer:
-            name = json.load(answer)["data"][0]["id"]
-    except (OSError, ValueError, LookupError) as error:
-        raise UserError(f"{url}: no OpenAI-compatible server answers here ({error})") from None
-    sampler = ServerSampler(url, name, end_of_turn, adapter is not None, key)
-    if adapter:
-        sampler.update(adapter)
-    return sampler
+def load_server(model: str, **asked: Any) -> Sampler:
+    """A client of a vLLM server."""
+    from pipelines.engines.server_sampling import load
+
+    return load(model, **asked)
 
 
 LOADERS = {"transformers": load_transformers, "vllm": load_vllm, "server": load_server}

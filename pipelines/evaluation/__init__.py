@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines import dataset, engines, io, labellers, prompts, report
+from pipelines import dataset, io, labellers, prompts, report
 from pipelines.evaluation import answers, calibration, models, questions, rewards, statistics
 from pipelines.evaluation import suite as suites
 from pipelines.evaluation.answers import Answer, How
@@ -31,11 +31,11 @@ from pipelines.evaluation.models import Contestant
 from pipelines.evaluation.rewards import Rewarded
 from pipelines.label import Voice, voices_of
 from pipelines.labellers.base import Score
+from pipelines.models import local
 from pipelines.report.evaluation import FILE, evaluation_page
 from pipelines.report.page import shown
 from schemas.command import share
 from schemas.errors import UsageError
-from schemas.fingerprint import local_model
 
 log = logging.getLogger(__name__)
 FILES = ("samples.parquet", "rewards.parquet", "comparisons.parquet", "rejected.parquet", "report.html", FILE)
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     a("--max-length", type=int, metavar="N", help="prompt and response together (default: 2048, or the model's limit)")
     a("--seed", type=int, default=0, help="of samples and of the bootstrap (0)")
     a("--beta", type=float, help="β of the implicit reward (default: that of the run which trained the model)")
-    a("--engine", choices=tuple(engines.ENGINES), default="transformers", help="what samples and scores")
+    a("--engine", choices=("transformers", "vllm"), default="transformers", help="what samples and scores")
     a("--dtype", choices=("float32", "bfloat16"), default="float32")
     a("--batch-tokens", type=int, default=8192, metavar="N", help="tokens in one batch (8192)")
     a("--cache", metavar="DIR", help="where samples and scores are kept (default: .NAME.cache beside the output)")
@@ -83,7 +83,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     harness = suites.Harness(suite) if suite else None
     asked, refused = questions.read(args.prompts, args.split, args.limit) if args.prompts else ([], [])
     held_out = calibration.read(args.dataset, args.split, args.limit) if args.dataset else None
-    reference = str(local_model(args.reference)) if args.reference else None
+    reference = str(local(args.reference)) if args.reference else None
     output = args.output.rstrip("/")
     if io.is_remote(output):
         raise UsageError(f"--output {output}: must be a directory of this machine")
@@ -145,15 +145,12 @@ def _how(args: argparse.Namespace) -> How:
         (not (args.prompts or args.dataset or args.suite), "nothing to do: give --prompts, --dataset or --suite"),
         (args.reward and not args.prompts, "--reward: judges answers, so give --prompts"),
         (args.reference and not args.prompts, "--reference: is compared on sampled answers, so give --prompts"),
-        (not args.temperature >= 0, f"--temperature {args.temperature:g}: must be 0 or more"),
-        (not 0 < args.top_p <= 1, f"--top-p {args.top_p:g}: must lie above 0, at most 1"),
         (args.beta is not None and not args.beta > 0, f"--beta {args.beta}: must be positive"),
         *[
             (value is not None and value < 1, f"{option} {value}: must be positive")
             for option, value in (
                 ("--limit", args.limit),
                 ("--samples-per-prompt", args.samples_per_prompt),
-                ("--max-new-tokens", args.max_new_tokens),
                 ("--batch-tokens", args.batch_tokens),
             )
         ],

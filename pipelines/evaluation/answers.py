@@ -50,12 +50,9 @@ SAMPLES = pa.schema(
 
 
 @dataclass(frozen=True)
-class How:
-    """How responses are sampled."""
+class How(engines.Decoding):
+    """How responses are sampled, and by what."""
 
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
     max_new_tokens: int = 512
     seed: int = 0
     engine: str = "transformers"
@@ -159,7 +156,7 @@ def _sample(contestant: Contestant, questions: Sequence[Question], how: How) -> 
             done += [answer for of in part for answer in of]
             log.info("%s: %d of %d prompts", contestant.name, min(start + _AT_ONCE, len(now)), len(now))
         now = [[_next(answer)] for of in now for answer in of if answer.turn < len(answer.question.later)]
-    release(sampler)
+    sampler.close()
     return done
 
 
@@ -188,14 +185,8 @@ def _ask(groups: list[list[Answer]], renderer: render.Renderer, sampler: Any, lo
         except Reject as no:
             for answer in group:
                 answer.why = no
-    found = sampler.sample(
-        [ids for _, ids in asked],
-        n=len(groups[0]),
-        temperature=how.temperature,
-        top_p=how.top_p,
-        max_new_tokens=how.max_new_tokens,
-        seeds=[_seed(how.seed, group[0]) for group, _ in asked],
-    )
+    seeds = [_seed(how.seed, group[0]) for group, _ in asked]
+    found = sampler.sample([ids for _, ids in asked], dataclasses.replace(how, n=len(groups[0])), seeds)
     for (group, ids), samples in zip(asked, found, strict=True):
         for answer, sample in zip(group, samples, strict=True):
             answer.prompt_ids, answer.response_ids, answer.finished = ids, list(sample.ids), sample.finished
@@ -221,10 +212,9 @@ def score(answers: Sequence[Answer], reference: str, how: How) -> None:
 
 
 def release(engine: Any) -> None:
-    """Let go of an engine, so that the next one has the memory."""
+    """Let go of an engine that scores, so that the next one has the memory."""
     if (llm := getattr(engine, "llm", None)) is not None:
         llm.llm_engine.engine_core.shutdown()
-    del engine
     gc.collect()
 
 

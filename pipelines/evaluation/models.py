@@ -1,4 +1,5 @@
-"""Whom an evaluation is about: models and training runs as directories that every engine loads, or given outputs.
+"""Whom an evaluation is about: models and training runs, here or in a store, as directories that every engine loads, or
+given outputs.
 
 A training run stands for its policy, and so does a checkpoint of it. An adapter is merged into a copy of its model, and
 a policy without a tokenizer gets that of the model it began as.
@@ -11,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines import io
+from pipelines import io, models
 from pipelines.evaluation import questions
 from schemas.errors import UsageError, UserError
 from schemas.fingerprint import TOKENIZER_FILES, copy_tokenizer, local_model
 
-RUN, ADAPTER = "run.json", "adapter_config.json"
+RUN, CONFIG, ADAPTER = "run.json", "config.json", "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -57,23 +58,25 @@ def _short(paths: Sequence[str]) -> list[str]:
 def _contestant(name: str, path: str, scratch: Path) -> Contestant:
     if io.ending(path) in io.ENDINGS:
         return Contestant(name, path, outputs=questions.outputs(path))
-    directory = local_model(path)
-    run = next((d for d in (directory, directory.parent, directory.parent.parent) if (d / RUN).is_file()), None)
-    facts = _json(run / RUN) if run else {}
-    if not (directory / "config.json").is_file() and not (directory / ADAPTER).is_file():
-        if not (directory / "policy").is_dir():
-            raise UserError(
-                f"{path}: neither a model (config.json, weights), nor an adapter, nor a training run with a policy"
-            )
-        directory = directory / "policy"
+    given = path.rstrip("/") if io.is_remote(path) else str(local_model(path).resolve())
+    places = [
+        where for where in (given, f"{given}/policy") for file in (CONFIG, ADAPTER) if io.exists(f"{where}/{file}")
+    ]
+    if not places:
+        raise UserError(
+            f"{path}: neither a model (config.json, weights), nor an adapter, nor a training run with a policy"
+        )
+    above = (given, given.rpartition("/")[0], given.rpartition("/")[0].rpartition("/")[0])
+    facts = next((_json(f"{run}/{RUN}") for run in above if io.exists(f"{run}/{RUN}")), {})
     beta = (facts.get("config") or {}).get("beta")
-    whole = _whole(directory, facts.get("model"), scratch / f"model-{len(list(scratch.glob('model-*')))}")
+    made = scratch / f"model-{len(list(scratch.glob('model-*')))}"
+    whole = _whole(models.local(places[0]), facts.get("model"), made)
     return Contestant(name, path, str(whole), beta=beta if isinstance(beta, dict) else None)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
-        found = json.loads(path.read_text("utf-8"))
+def _json(path: str) -> dict[str, Any]:
+    with io.open_bytes(path) as file, contextlib.suppress(ValueError):
+        found = json.loads(file.read())
         return found if isinstance(found, dict) else {}
     return {}
 
@@ -81,10 +84,10 @@ def _json(path: Path) -> dict[str, Any]:
 def _whole(directory: Path, began_as: str | None, made: Path) -> Path:
     """The directory, or one in scratch that has what it lacks: the adapter's model, the tokenizer."""
     if (directory / ADAPTER).is_file():
-        base = _json(directory / ADAPTER).get("base_model_name_or_path") or began_as
+        base = _json(str(directory / ADAPTER)).get("base_model_name_or_path") or began_as
         if not base:
             raise UserError(f"{directory}: the adapter does not name its model; merge it yourself, and give the result")
-        model = local_model(base)
+        model = models.local(base)
         _merge(directory, model, made)
         copy_tokenizer(model, made)
         return made
@@ -95,7 +98,7 @@ def _whole(directory: Path, began_as: str | None, made: Path) -> Path:
     made.mkdir()
     for file in directory.iterdir():
         (made / file.name).symlink_to(file.resolve())
-    copy_tokenizer(local_model(began_as), made)
+    copy_tokenizer(models.local(began_as), made)
     return made
 
 

@@ -15,7 +15,7 @@ from schemas import feedback
 from schemas.errors import Reject, UserError
 from schemas.feedback import Message
 
-PROMPTS = ("prompt", "messages", "conversations", "turns", "instruction", "question")
+PROMPTS = (*prompts.NAMES, "turns")
 RESPONSES = ("response", "output", "completion")
 
 
@@ -103,14 +103,7 @@ def question(record: dict[str, Any]) -> Question:
         opening = [Message(role="user", content=turn) for turn in turns[:1]]
         later = tuple(turns[1:])
     else:
-        value = record[name]
-        if isinstance(value, str) and value.lstrip().startswith("[{"):  # a table's cell
-            value = messages.listed(value, name)
-        if name == "instruction" and (given := record.get("input")):
-            value = "\n".join(messages.text(one, name) for one in (value, given))
-        opening, later = messages.conversation(value, name), ()
-        while opening and opening[-1]["role"] == "assistant":  # what was answered then
-            opening = opening[:-1]
+        opening, later = prompts.opening(record, name), ()
     opening = messages.with_system(record, opening)
     for asked in (opening, *([Message(role="user", content=turn)] for turn in later)):
         prompts.check(asked)

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-BINS = 10  # of a reliability diagram
+from scoring.agreement import accuracy, calibration_error, reliability
+
 _DIGITS = 6
 
 
@@ -53,28 +54,6 @@ def _tied(values: np.ndarray) -> int:
     return int((counts.astype(np.int64) * (counts - 1) // 2).sum())
 
 
-def reliability(score: np.ndarray, human: np.ndarray) -> list[list[float]]:
-    """(rows, mean score, mean label) of every bin of scores that holds rows."""
-    where = np.minimum((score * BINS).astype(int), BINS - 1)
-    bins = ((where == b, int((where == b).sum())) for b in range(BINS))
-    return [[n, float(score[of].mean()), float(human[of].mean())] for of, n in bins if n]
-
-
-def calibration_error(bins: list[list[float]]) -> float:
-    """The expected calibration error: how far mean score and mean label of the bins are apart, weighted by rows."""
-    return sum(n * abs(score - human) for n, score, human in bins) / sum(n for n, *_ in bins)
-
-
-def accuracy(first_better: np.ndarray, human: np.ndarray) -> tuple[int, float | None]:
-    """Comparisons that people decided, and the share decided alike; where scores are equal, it counts half.
-
-    `first_better` [n]: positive, zero or negative. `human` [n]: the probability that the first is better.
-    """
-    decided = human != 0.5
-    alike = np.sign(first_better[decided]) * np.sign(human[decided] - 0.5)
-    return int(decided.sum()), float((0.5 + alike / 2).mean()) if decided.any() else None
-
-
 def with_people(
     score: np.ndarray, human: np.ndarray, first_better: np.ndarray, compared: np.ndarray, pairs: bool
 ) -> dict[str, Any]:
@@ -86,7 +65,6 @@ def with_people(
         bins = reliability(score, human)
         facts |= {"items": len(score) // (1 + pairs), "kendall": rounded(kendall(score, human))}
         facts |= {"ece": rounded(calibration_error(bins)), "bins": [[n, rounded(s), rounded(h)] for n, s, h in bins]}
-    decided, share = accuracy(first_better, compared)
-    if decided:
-        facts |= {"comparisons": decided, "accuracy": rounded(share)}
+    if decided := int((compared != 0.5).sum()):
+        facts |= {"comparisons": decided, "accuracy": rounded(accuracy(first_better, compared))}
     return facts
