@@ -407,7 +407,7 @@ def test_a_recipe_writes_to_a_store(una_here, tmp_path, bucket, tiny_model):
         bucket.client.delete_object(Bucket=bucket.name, Key=key)
     assert run() == ["publish"]
     code, _, err = una_here("run", tmp_path / "recipe.yaml", "--set", "train={}")
-    check_one_line(code, err, "training writes to a local directory", 2)
+    check_one_line(code, err, "train writes to a local directory; name one, or set train: false", 2)
 
 
 # --- the Hub -------------------------------------------------------------------------------------
