@@ -32,10 +32,10 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "claims_results.jsonl"
 SEEDS = range(5)
 GRID_SEED = 100
-GRID = ((1e-3, 0.2), (1e-3, 0.05), (1e-3, 0.8), (3e-4, 0.05), (3e-3, 0.2))  # learning rate, β
+GRID = tuple(product((3e-4, 1e-3, 3e-3), (0.0125, 0.05, 0.2, 0.8)))  # learning rate, β
 NEAR = 2.5  # nats per note
 FEW = ("dpo", "binary_bce", "score_mse", "score_ema", "score_group_mean")
-LIKE = {"dpo_2x": "dpo"}  # takes what was found for another method
+LIKE = {"dpo_2x": "dpo", "kto_flat": "kto"}  # takes what was found for another method
 CONDITIONS: dict[str, dict[str, Any]] = {
     "noise 0": {"noise": 0.0},
     "noise 0.5": {"noise": 0.5},
@@ -149,7 +149,7 @@ def matched() -> Iterator[Any]:
 def conditions() -> Iterator[Any]:
     from claims_offline import Cell
 
-    for seed, changes, method in product(SEEDS[:3], CONDITIONS.values(), FEW):
+    for seed, changes, method in product(SEEDS, CONDITIONS.values(), FEW):
         yield Cell("conditions", method, seed, **tuned(method), **changes)
 
 
@@ -173,8 +173,16 @@ def paper() -> Iterator[Any]:
 def trl() -> Iterator[Any]:
     from claims_offline import Cell
 
-    for seed, method in product(SEEDS[:3], ("dpo", "kto")):
+    for seed, method in product(SEEDS, ("dpo", "kto")):
         yield Cell("trl", method, seed, **tuned(method))
+
+
+def trl_same() -> Iterator[Any]:
+    """TRL on our batches, step by step; without z₀ too (`kto_flat`), which the two estimate in different ways."""
+    from claims_offline import Cell
+
+    for seed, method in product(SEEDS, ("dpo", "kto", "kto_flat")):
+        yield Cell("trl_same", method, seed, **tuned(method))
 
 
 def online(study: str, methods: tuple[str, ...]) -> Callable[[], Iterator[Any]]:
@@ -212,7 +220,7 @@ ONLINE_RATES = (1e-3, 3e-4, 6e-4)
 ONLINE_BETAS = {"una": 0.1, "una_none": 0.1, "rloo": 0.05, "grpo": 0.05, "ppo": 0.05, "ppo_1": 0.05}  # TRL's own
 HERE_NOW, PPO = ("una", "una_none", "rloo", "grpo"), ("ppo",)
 STUDIES: dict[str, Callable[[], Iterator[Any]]] = {
-    "grid": grid, "main": main_study, "matched": matched, "trl": trl,
+    "grid": grid, "main": main_study, "matched": matched, "trl": trl, "trl_same": trl_same,
     "paper": paper, "conditions": conditions, "weak_base": weak_base,
     "cost": cost(("una", "rloo", "grpo")), "cost_ppo": cost(("ppo", "ppo_1")),
     "online_grid": online("online_grid", HERE_NOW), "online_grid_ppo": online("online_grid", PPO),
@@ -222,7 +230,7 @@ STUDIES: dict[str, Callable[[], Iterator[Any]]] = {
 
 
 def runner(study: str) -> Callable[..., dict[str, Any]]:
-    if study == "trl":
+    if study in ("trl", "trl_same"):
         import claims_peers
 
         return claims_peers.run
