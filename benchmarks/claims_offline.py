@@ -61,7 +61,6 @@ METHODS = {
     "dpo": Method(("pairwise",)),
     "dpo_2x": Method(("pairwise",), times=2),
     "kto": Method(("binary",), ("loss.binary=kto",)),
-    "kto_flat": Method(("binary",), ("loss.binary=kto", "offset_decay=0.999999")),  # z₀ stays 0
     "binary_mse": Method(("binary",), ("loss.binary=una_mse",)),
     "binary_bce": Method(("binary",), ("loss.binary=una_bce",)),
     "score_mse": Method(SCORE, ("loss.scalar=una_mse",)),

@@ -29,8 +29,7 @@ from pipelines import export
 from una_train import config, data
 from una_train.train import learning_rate
 
-TARGETS = {"dpo": "trl-preference", "kto": "trl-kto", "kto_flat": "trl-kto"}
-WITHOUT_POINT = {"loss_type": "apo_zero_unpaired"}  # KTO's loss with z₀ = 0, as TRL calls it
+TARGETS = {"dpo": "trl-preference", "kto": "trl-kto"}
 Rows = list[dict[str, Any]]
 
 
@@ -133,7 +132,6 @@ def build(cell: offline.Cell, base: Path, rows: Rows, where: str) -> transformer
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
         "seed": cell.seed,
-        **(WITHOUT_POINT if cell.method == "kto_flat" else {}),
         **QUIET,
     }
     trainer = (DPO if dpo else KTO)(
