@@ -33,6 +33,7 @@ RESULTS = HERE / "claims_results.jsonl"
 SEEDS = range(5)
 GRID_SEED = 100
 GRID = ((1e-3, 0.2), (1e-3, 0.05), (1e-3, 0.8), (3e-4, 0.05), (3e-3, 0.2))  # learning rate, β
+WIDER = tuple(product((3e-4, 1e-3, 3e-3), (0.0125, 0.05, 0.2, 0.8)))
 NEAR = 2.5  # nats per note
 FEW = ("dpo", "binary_bce", "score_mse", "score_ema", "score_group_mean")
 LIKE = {"dpo_2x": "dpo"}  # takes what was found for another method
@@ -113,16 +114,20 @@ def done() -> set[str]:
 def grid() -> Iterator[Any]:
     from claims_offline import METHODS, Cell
 
-    for (rate, beta), method in product(GRID, METHODS):
+    for (rate, beta), method in product(WIDER, METHODS):
         if method not in LIKE:
             yield Cell("grid", method, GRID_SEED, rate, beta)
 
 
-def tuned(method: str, study: str = "grid", most_kl: float = math.inf) -> dict[str, float] | None:
+def tuned(
+    method: str, study: str = "grid", most_kl: float = math.inf, points: tuple[tuple[float, float], ...] = GRID
+) -> dict[str, float] | None:
     """Learning rate and β with the highest true reward on the validation prompts; None when all exceed the KL."""
     method = LIKE.get(method, method)
     found = [r for r in results() if r["cell"]["study"] == study and r["cell"]["method"] == method]
-    if len(found) < (len(GRID) if study == "grid" else len(ONLINE_RATES)):
+    if study == "grid":
+        found = [r for r in found if (r["cell"]["learning_rate"], r["cell"]["beta"]) in points]
+    if len(found) < (len(points) if study == "grid" else len(ONLINE_RATES)):
         raise SystemExit(f"{method}: {study} has {len(found)} cells so far; run `--study {study}` to its end first")
     within = [r for r in found if r["points"] and r["points"][-1]["kl"] <= most_kl]
     best = max(within, key=lambda r: r["points"][-1]["reward"], default=None)
@@ -146,10 +151,20 @@ def matched() -> Iterator[Any]:
             yield Cell("matched", method, seed, **near)
 
 
+def wider() -> Iterator[Any]:
+    """Methods whose best pair of twelve is not among the five that tune the others."""
+    from claims_offline import METHODS, Cell
+
+    for seed, method in product(SEEDS, METHODS):
+        best = tuned(method, points=WIDER)
+        if method not in LIKE and best != tuned(method):
+            yield Cell("wider", method, seed, **best)
+
+
 def conditions() -> Iterator[Any]:
     from claims_offline import Cell
 
-    for seed, changes, method in product(SEEDS[:3], CONDITIONS.values(), FEW):
+    for seed, changes, method in product(SEEDS, CONDITIONS.values(), FEW):
         yield Cell("conditions", method, seed, **tuned(method), **changes)
 
 
@@ -173,8 +188,16 @@ def paper() -> Iterator[Any]:
 def trl() -> Iterator[Any]:
     from claims_offline import Cell
 
-    for seed, method in product(SEEDS[:3], ("dpo", "kto")):
+    for seed, method in product(SEEDS, ("dpo", "kto")):
         yield Cell("trl", method, seed, **tuned(method))
+
+
+def trl_same() -> Iterator[Any]:
+    """TRL on our batches, step by step."""
+    from claims_offline import Cell
+
+    for seed, method in product(SEEDS, ("dpo", "kto")):
+        yield Cell("trl_same", method, seed, **tuned(method))
 
 
 def online(study: str, methods: tuple[str, ...]) -> Callable[[], Iterator[Any]]:
@@ -212,7 +235,7 @@ ONLINE_RATES = (1e-3, 3e-4, 6e-4)
 ONLINE_BETAS = {"una": 0.1, "una_none": 0.1, "rloo": 0.05, "grpo": 0.05, "ppo": 0.05, "ppo_1": 0.05}  # TRL's own
 HERE_NOW, PPO = ("una", "una_none", "rloo", "grpo"), ("ppo",)
 STUDIES: dict[str, Callable[[], Iterator[Any]]] = {
-    "grid": grid, "main": main_study, "matched": matched, "trl": trl,
+    "grid": grid, "main": main_study, "matched": matched, "wider": wider, "trl": trl, "trl_same": trl_same,
     "paper": paper, "conditions": conditions, "weak_base": weak_base,
     "cost": cost(("una", "rloo", "grpo")), "cost_ppo": cost(("ppo", "ppo_1")),
     "online_grid": online("online_grid", HERE_NOW), "online_grid_ppo": online("online_grid", PPO),
@@ -222,7 +245,7 @@ STUDIES: dict[str, Callable[[], Iterator[Any]]] = {
 
 
 def runner(study: str) -> Callable[..., dict[str, Any]]:
-    if study == "trl":
+    if study in ("trl", "trl_same"):
         import claims_peers
 
         return claims_peers.run

@@ -204,16 +204,16 @@ def write_dataset(cell: Cell, base: Path, out: Path) -> None:
 # --- training ----------------------------------------------------------------------------------
 
 
-def settings(cell: Cell, rows: int, groups: int) -> list[str]:
+def settings(cell: Cell, rows: int, groups: int, log_every: int) -> list[str]:
     """Every method reads as many notes in a step, and takes as many steps for as many notes."""
     return [
         f"beta={cell.beta}", f"learning_rate={cell.learning_rate}", f"seed={cell.seed}", *METHODS[cell.method].settings,
         f"batch_size={round(ROWS_PER_STEP * groups / rows)}", f"epochs={EPOCHS}",
-        "save_every=0", "eval_every=0", "tracker=none", "dtype=float32", "log_every=1000",
+        "save_every=0", "eval_every=0", "tracker=none", "dtype=float32", f"log_every={log_every}",
     ]  # fmt: skip
 
 
-def train(cell: Cell, rows: Path, base: Path, out: Path) -> int:
+def train(cell: Cell, rows: Path, base: Path, out: Path, log_every: int = 1000) -> int:
     """`una_train.train`'s own command, in this process; returns the number of steps."""
     from una_train import train
 
@@ -221,7 +221,7 @@ def train(cell: Cell, rows: Path, base: Path, out: Path) -> int:
     pairs = (len(table) - table["comparison_id"].null_count) // 2
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
-    sets = [part for one in settings(cell, len(table), len(table) - pairs) for part in ("--set", one)]
+    sets = [part for one in settings(cell, len(table), len(table) - pairs, log_every) for part in ("--set", one)]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return train.command(parser.parse_args([str(rows), "--model", str(base), "--output", str(out), *sets]))["steps"]
 

@@ -3,12 +3,13 @@
 A table stands between `<!-- NAME -->` and `<!-- end -->`. Means are over seeds, ± their standard error.
 """
 
+import functools
+import json
 import math
 import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import matplotlib as mpl
 
 mpl.use("svg")
 import matplotlib.pyplot as plt
-from claims import CONDITIONS, COST_SHAPES, NEAR, PAPER_BETAS, tuned
+from claims import CONDITIONS, COST_SHAPES, NEAR, PAPER_BETAS, STUDIES, tuned
 
 DOCS = Path(__file__).parents[1] / "docs"
 NAMES = {
@@ -67,21 +68,20 @@ def render(lines: list[Line]) -> None:
 # --- numbers -----------------------------------------------------------------------------------
 
 
-def of_study(lines: Iterable[Line], *studies: str) -> list[Line]:
-    return [line for line in lines if line["cell"]["study"] in studies]
+@functools.cache
+def asked() -> set[str]:
+    """Every cell of the studies, with the rates and β that the grid found in the end."""
+    return {cell.key for cells in STUDIES.values() for cell in cells()}
 
 
-def main_runs(lines: Iterable[Line]) -> dict[str, list[Line]]:
-    """The reported runs of each method: those with what the grid found in the end."""
-    found = by(of_study(lines, "main"), method)
-    best = {m: tuned(m) for m in found}
-    return {m: [r for r in runs if best[m].items() <= r["cell"].items()] for m, runs in found.items()}
+def of_study(lines: Iterable[Line], study: str) -> list[Line]:
+    """The runs of a study, without those at a rate and β that a smaller grid had found."""
+    found = [line for line in lines if line["cell"]["study"] == study]
+    return [line for line in found if json.dumps(line["cell"], sort_keys=True) in asked()]
 
 
-def online_runs(lines: Iterable[Line], reward: str) -> dict[str, list[Line]]:
-    found = by(of_study(lines, reward), method)
-    best = {m: tuned(m, "online_grid") for m in found}
-    return {m: [r for r in runs if best[m].items() <= r["cell"].items()] for m, runs in found.items()}
+def runs_of(lines: Iterable[Line], study: str) -> dict[str, list[Line]]:
+    return by(of_study(lines, study), method)
 
 
 def by(lines: Iterable[Line], key: Callable[[Line], Any]) -> dict[Any, list[Line]]:
@@ -120,7 +120,7 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def main_table(lines: list[Line]) -> str:
-    best, near = main_runs(lines), by(of_study(lines, "matched"), method)
+    best, near = runs_of(lines, "main"), runs_of(lines, "matched")
     rows = []
     for name in sorted(best, key=lambda m: -statistics.mean(map(last, best[m]))):
         chosen = best[name][0]["cell"]
@@ -137,33 +137,72 @@ def main_table(lines: list[Line]) -> str:
 
 
 def grid_table(lines: list[Line], study: str = "grid") -> str:
+    """True rewards, each method's best in bold."""
     found = of_study(lines, study)
     cells = sorted({(r["cell"]["learning_rate"], r["cell"]["beta"]) for r in found})
     of = {(method(r), r["cell"]["learning_rate"], r["cell"]["beta"]): r for r in found}
-    rows = [
-        [NAMES[m], *(f"{last(of[m, *c]):.2f} ({last(of[m, *c], 'kl'):.1f})" if (m, *c) in of else "" for c in cells)]
-        for m in NAMES
-        if any((m, *c) in of for c in cells)
-    ]
+    rows = []
+    for m in NAMES:
+        values = [last(of[m, *c]) if (m, *c) in of else None for c in cells]
+        if any(values):
+            best = max(v for v in values if v is not None)
+            shown = ["" if v is None else f"**{v:.2f}**" if v == best else f"{v:.2f}" for v in values]
+            rows.append([NAMES[m], *shown])
     return table(["method", *(f"{rate:g}, β {beta:g}" for rate, beta in cells)], rows)
 
 
-def trl_table(lines: list[Line]) -> str:
+def wider_table(lines: list[Line]) -> str:
+    """The methods for which seven more pairs have a better one."""
     rows = []
-    for name in ("dpo", "kto"):
-        ours = {r["cell"]["seed"]: r for r in main_runs(lines)[name]}
-        theirs = {r["cell"]["seed"]: r for r in of_study(lines, "trl") if method(r) == name}
-        seeds = sorted(ours.keys() & theirs.keys())
-        first = {round(theirs[s]["first_loss"], 4) for s in seeds}
+    for name, runs in runs_of(lines, "wider").items():
+        before, cell = runs_of(lines, "main")[name], runs[0]["cell"]
         rows.append(
             [
-                NAMES[name], mean_se([last(ours[s]) for s in seeds]), mean_se([last(theirs[s]) for s in seeds]),
-                mean_se([last(ours[s]) - last(theirs[s]) for s in seeds]), mean_se([kl(ours[s]) for s in seeds], 1),
-                mean_se([kl(theirs[s]) for s in seeds], 1), ", ".join(map(str, sorted(first))),
+                NAMES[name], f"{cell['learning_rate']:g}", f"{cell['beta']:g}",
+                *(mean_se([last(r) for r in of]) for of in (runs, before)),
+                *(mean_se([kl(r) for r in of], 1) for of in (runs, before)), str(len(runs)),
             ]
         )  # fmt: skip
-    head = ["", "reward, una", "reward, TRL", "difference, same seed", "KL, una", "KL, TRL", "TRL's first loss"]
+    head = ["method", "rate", "β", "true reward", "… tuned on five", "KL", "… tuned on five", "seeds"]
     return table(head, rows)
+
+
+def trl_table(lines: list[Line]) -> str:
+    """TRL as it comes, and our main runs of the same seeds."""
+    rows = []
+    for name, runs in runs_of(lines, "trl").items():
+        theirs = {r["cell"]["seed"]: r for r in runs}
+        ours = {r["cell"]["seed"]: r for r in runs_of(lines, "main")[name] if r["cell"]["seed"] in theirs}
+        pairs = [(ours[seed], theirs[seed]) for seed in ours]
+        rows.append(
+            [
+                NAMES[name], *(mean_se([last(p[i]) for p in pairs]) for i in (0, 1)),
+                mean_se([last(a) - last(b) for a, b in pairs]),
+                *(mean_se([kl(p[i]) for p in pairs], 1) for i in (0, 1)),
+            ]
+        )  # fmt: skip
+    return table(["", "reward, una", "reward, TRL", "difference, same seed", "KL, una", "KL, TRL"], rows)
+
+
+def same_table(lines: list[Line]) -> str:
+    """TRL on our batches: its losses beside ours."""
+    rows = []
+    for name, runs in runs_of(lines, "trl_same").items():
+        apart = [[abs(a - b) for a, b in zip(r["una_losses"], r["losses"], strict=True)] for r in runs]
+        rewards = [(r["una_points"][-1]["reward"], last(r)) for r in runs]
+        rows.append(
+            [
+                NAMES[name], *(f"{statistics.mean(r[key][0] for r in runs):.6f}" for key in ("una_losses", "losses")),
+                *(f"{max(max(one[:end]) for one in apart):.1e}" for end in (SOON, None)),
+                *(mean_se([pair[i] for pair in rewards]) for i in (0, 1)),
+                f"{max(abs(a - b) for a, b in rewards):.4f}", str(len(runs)),
+            ]
+        )  # fmt: skip
+    head = ["", "loss of step 0, una", "TRL", f"losses apart by at most, {SOON} steps", "all 64 steps"]
+    return table([*head, "reward, una", "TRL", "apart by at most", "seeds"], rows)
+
+
+SOON = 10  # steps
 
 
 def paper_table(lines: list[Line]) -> str:
@@ -190,7 +229,7 @@ def condition_of(line: Line) -> str:
 
 def conditions_table(lines: list[Line]) -> str:
     found = by(of_study(lines, "conditions"), lambda r: (method(r), condition_of(r)))
-    of_main = main_runs(lines)
+    of_main = runs_of(lines, "main")
     methods = sorted({m for m, _ in found}, key=list(NAMES).index)
     names = ["noise 0.2", *CONDITIONS]
     rows = [
@@ -203,7 +242,7 @@ def conditions_table(lines: list[Line]) -> str:
 def online_table(lines: list[Line]) -> str:
     rows = []
     for reward in ("true", "proxy"):
-        found = online_runs(lines, reward)
+        found = runs_of(lines, reward)
         for m in sorted(found, key=list(NAMES).index):
             runs = found[m]
             ends = [last(r) for r in runs]
@@ -244,8 +283,9 @@ def spent_table(lines: list[Line]) -> str:
 
 
 TABLES = {
-    "main": main_table, "grid": grid_table, "weak": partial(grid_table, study="weak_base"), "trl": trl_table,
-    "paper": paper_table, "conditions": conditions_table,
+    "main": main_table, "grid": grid_table, "weak": functools.partial(grid_table, study="weak_base"),
+    "wider": wider_table, "trl": trl_table,
+    "same": same_table, "paper": paper_table, "conditions": conditions_table,
     "online": online_table, "cost": cost_table, "spent": spent_table,
 }  # fmt: skip
 
@@ -263,8 +303,10 @@ def group(name: str) -> str:
 
 
 def frontier(lines: list[Line]) -> dict[tuple[str, str], list[Line]]:
-    near = by(of_study(lines, "matched"), method)
-    return {("main", m): runs for m, runs in main_runs(lines).items()} | {("near", m): runs for m, runs in near.items()}
+    near = runs_of(lines, "matched")
+    return {("main", m): runs for m, runs in runs_of(lines, "main").items()} | {
+        ("near", m): runs for m, runs in near.items()
+    }
 
 
 LEFT, ABOVE, RIGHT = {"xytext": (-6, -2), "ha": "right"}, {"xytext": (0, 10), "ha": "center"}, {"xytext": (6, -2)}
@@ -296,7 +338,7 @@ def frontier_plot(lines: list[Line]) -> Any:
 def conditions_plot(lines: list[Line]) -> Any:
     figure, axes = plt.subplots(figsize=(8, 3.6))
     found = by(of_study(lines, "conditions"), lambda r: (method(r), condition_of(r)))
-    of_main = main_runs(lines)
+    of_main = runs_of(lines, "main")
     names = ["noise 0.2", *CONDITIONS]
     methods = sorted({m for m, _ in found}, key=list(NAMES).index)
     for i, m in enumerate(methods):
@@ -316,7 +358,7 @@ def online_plot(lines: list[Line]) -> Any:
     rewards = [reward for reward in ("true", "proxy") if of_study(lines, reward)]
     figure, sides = plt.subplots(max(1, len(rewards)), 2, figsize=(8, 2.9 * len(rewards) or 1), squeeze=False)
     for row, reward in zip(sides, rewards, strict=False):
-        found = online_runs(lines, reward)
+        found = runs_of(lines, reward)
         for m in sorted(found, key=list(NAMES).index):
             curves = [[one["true"] for one in r["rounds"]] for r in found[m]]
             middle = [statistics.mean(values) for values in zip(*curves, strict=True)]
