@@ -14,6 +14,7 @@ import io as streams
 import json
 import logging
 import re
+import sys
 import warnings
 import zipfile
 from collections import Counter
@@ -268,16 +269,16 @@ def _lines(of: Range, names: Sequence[str] = ()) -> Iterator[Any]:
     """One record a line, or `Texts`. Only a newline ends a line: U+2028 and its like stand within strings."""
     with io.open_bytes(of.path) as file:
         position = of.first
-        for size, block in _blocks(_chunks(file, of.start, of.stop, TEXTS_BYTES if names else CHUNK_BYTES)):
+        for size, buffer, end in _blocks(file, of.start, of.stop, TEXTS_BYTES if names else CHUNK_BYTES):
             if size:
-                yield Raw(position, block, _too_long(size))
+                yield Raw(position, bytes(buffer), _too_long(size))
                 position += 1
-            elif names and (found := _columns(block, names)):
+            elif names and (found := _columns(buffer, end, names)):
                 columns, ends = found
-                yield Texts(columns, partial(_line, block, ends, position))
+                yield Texts(columns, partial(_line, buffer, ends, position))
                 position += len(ends)
             else:
-                lines = block.split(b"\n")
+                lines = bytes(memoryview(buffer)[:end]).split(b"\n")
                 yield from _records(lines, position)
                 position += len(lines)
 
@@ -297,7 +298,10 @@ def _records(lines: list[bytes], position: int) -> Iterator[Raw]:
 
 
 class Texts(NamedTuple):
-    """Records that hold nothing but texts, by column; `record` gives one of them as it lies in the file."""
+    """Records that hold nothing but texts, by column; `record` gives one of them as it lies in the file.
+
+    The next ones are read where these were, so that `record` is for now only.
+    """
 
     columns: list[pa.Array]  # each [n] strings, some perhaps null
     record: Callable[[int], Raw]
@@ -315,26 +319,27 @@ def texts(of: Range, names: Sequence[str]) -> Iterator[Raw | Texts]:
         raise io.unreadable(of.path, error) from None
 
 
-def _line(block: bytes, ends: list[int], position: int, i: int) -> Raw:
-    text = block[ends[i - 1] + 1 if i else 0 : ends[i]].rstrip(b"\r")
+def _line(buffer: bytearray, ends: list[int], position: int, i: int) -> Raw:
+    text = bytes(buffer[ends[i - 1] + 1 if i else 0 : ends[i]].rstrip(b"\r"))
     return Raw(position + i, text, parse(text))
 
 
-def _columns(block: bytes, names: Sequence[str]) -> tuple[list[pa.Array], list[int]] | None:
+def _columns(buffer: bytearray, end: int, names: Sequence[str]) -> tuple[list[pa.Array], list[int]] | None:
     """The columns of lines that each hold one object with texts under `names` and nothing else, and the lines' ends.
 
     None for others. The parser would also take two objects on a line, or one on two lines. Where every line begins and
     ends as an object does, and there are as many objects as lines, there is one on each: an object of texts has no
     brace inside.
     """
-    ends = _objects(block)
+    ends = _objects(buffer, end)
     if len(ends) < TEXTS_LINES:
         return None
     schema = pa.schema([(name, pa.string()) for name in names])
-    reading = pa_json.ReadOptions(use_threads=False, block_size=len(block) + 1)
+    reading = pa_json.ReadOptions(use_threads=False, block_size=end + 1)
     parsing = pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error")
     try:
-        table = pa_json.read_json(pa.BufferReader(block), read_options=reading, parse_options=parsing)
+        lines = pa.BufferReader(memoryview(buffer)[:end])
+        table = pa_json.read_json(lines, read_options=reading, parse_options=parsing)
         table.validate(full=True)  # that text is UTF-8
     except pa.ArrowInvalid:
         return None
@@ -343,50 +348,56 @@ def _columns(block: bytes, names: Sequence[str]) -> tuple[list[pa.Array], list[i
     return [column.chunk(0) for column in table.columns], ends  # it was read as one block
 
 
-def _objects(block: bytes) -> list[int]:
+def _objects(buffer: bytearray, end: int) -> list[int]:
     """Where the lines end, if each begins and ends as an object does; else nothing."""
-    if block[:1] != b"{" or not block.endswith((b"}", b"}\r")):
+    if not buffer.startswith(b"{") or not buffer.endswith((b"}", b"}\r"), 0, end):
         return []
-    found, at = list[int](), block.find(b"\n")
+    found, at = list[int](), buffer.find(b"\n", 0, end)
     while at >= 0:  # several times faster than to compare every byte
         found.append(at)
-        at = block.find(b"\n", at + 1)
-    bytes_, ends = np.frombuffer(block, np.uint8), np.array(found, np.intp)
+        at = buffer.find(b"\n", at + 1, end)
+    bytes_, ends = np.frombuffer(buffer, np.uint8), np.array(found, np.intp)
     last = bytes_[ends - 1]
     last = np.where(last == _RETURN, bytes_[ends - 2], last)
     if (bytes_[ends + 1] != _OPEN).any() or (last != _CLOSE).any():
         return []
-    return [*found, len(block)]
+    return [*found, end]
 
 
-def _chunks(file: BinaryIO, start: int, stop: int, size: int = CHUNK_BYTES) -> Iterator[bytes]:
+def _blocks(file: BinaryIO, start: int, stop: int, size: int) -> Iterator[tuple[int, bytearray, int]]:
+    """(0, a buffer, where the whole lines at its start end), or (its size, its first bytes, …) of a line above
+    `RECORD_BYTES`.
+
+    There is one buffer, which the next lines overwrite: memory that is given back and asked for again, block by block,
+    would cost a tenth of the time.
+    """
+    buffer = bytearray(min(max(size, 4), RECORD_BYTES + 1))
+    held = 0  # bytes of the line that the last read broke off
+    long, head = 0, bytearray()  # bytes of a line above `RECORD_BYTES` that were let go, and the first of them
     if start:
         file.seek(start)
     else:
-        yield file.read(3 if stop < 0 else min(3, stop)).removeprefix(codecs.BOM_UTF8)
+        begun = file.read(3 if stop < 0 else min(3, stop)).removeprefix(codecs.BOM_UTF8)
+        buffer[: (held := len(begun))] = begun
         start = 3
-    while chunk := file.read(size if stop < 0 else min(size, max(stop - start, 0))):
-        start += len(chunk)
-        yield chunk
-
-
-def _blocks(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(0, whole lines), or (its size, its first bytes) of a line above `RECORD_BYTES`."""
-    begun: list[bytes] = []  # of the line that the last chunk broke off
-    size = 0
-    for chunk in chunks:
-        start, first, last = 0, chunk.find(b"\n"), chunk.rfind(b"\n")
-        if first < 0:
-            size += len(chunk)
-            begun = [*begun, chunk] if size <= RECORD_BYTES else [b"".join([*begun[:2], chunk])[:HEAD_BYTES]]
-            continue
-        if size + first > RECORD_BYTES:
-            yield size + first, b"".join([*begun[:2], chunk[:first]])[:HEAD_BYTES]
-            begun, start = [], first + 1
-        if last >= start:
-            yield 0, b"".join([*begun, memoryview(chunk)[start:last]])
-        begun, size = [chunk[last + 1 :]], len(chunk) - last - 1
-    yield size if size > RECORD_BYTES else 0, b"".join(begun)
+    left = max(stop - start, 0) if stop >= 0 else sys.maxsize
+    while got := file.readinto(memoryview(buffer)[held:][:left]):  # type: ignore[attr-defined]
+        left, end = left - got, held + got
+        if long and (first := buffer.find(b"\n", 0, end)) >= 0:
+            yield long + first, head, len(head)
+            long, end = 0, end - first - 1
+            buffer[:end] = buffer[first + 1 : first + 1 + end]
+        last = -1 if long else buffer.rfind(b"\n", 0, end)
+        held = end - last - 1
+        if last >= 0:
+            yield 0, buffer, last
+            buffer[:held] = buffer[last + 1 : end]
+        if long or held > RECORD_BYTES:
+            head = head if long else buffer[:HEAD_BYTES]
+            long, held = long + held, 0
+        elif held == len(buffer):
+            buffer = buffer + bytes(min(held, RECORD_BYTES + 1 - held))
+    yield (long + held, head, len(head)) if long else (0, buffer, held)
 
 
 # --- JSON arrays ---------------------------------------------------------------------------------
