@@ -89,6 +89,17 @@ except SystemExit:
     assert out.splitlines()[-1] == "[]"
 
 
+def test_ingest_loads_no_package_that_una_does_not_use(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    ingest = ["ingest", str(tmp_path / "x.jsonl"), "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-X", "importtime", "-m", "pipelines.cli", *ingest]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, done.stderr[-2000:]
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "apache_beam" in loaded
+    assert not [name for name in loaded if name.startswith(("pandas.", "pymongo."))]
+
+
 # --- imports go one way --------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ reward, only small facts go to the metadata; judges' rationales do not.
 import re
 from collections.abc import Mapping
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 from pipelines.converters.base import HELPSTEER_ATTRIBUTES, Converter, LeftOut, Policy, Record
@@ -197,10 +198,15 @@ def _helpsteer(record: Record, source: str, policy: Policy) -> list[Row | LeftOu
 
 def weighed(attributes: Mapping[str, float], weights: Mapping[str, float]) -> tuple[float, float]:
     """The weighted sum of attributes from 0 to 4, and its place in [0, 1]; exact: .65, .8 and .45 add up to 1.9."""
-    exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
-    raw = sum((weight * Fraction(str(attributes[name])) for name, weight in exact.items()), Fraction())
-    low = 4 * sum((weight for weight in exact.values() if weight < 0), Fraction())
-    high = 4 * sum((weight for weight in exact.values() if weight > 0), Fraction())
+    return _weighed(tuple((attributes[name], weight) for name, weight in weights.items()))
+
+
+@lru_cache(maxsize=8192)  # few ratings differ, and fractions are slow
+def _weighed(given: tuple[tuple[float, float], ...]) -> tuple[float, float]:
+    exact = [(Fraction(str(value)), Fraction(str(weight))) for value, weight in given]
+    raw = sum((value * weight for value, weight in exact), Fraction())
+    low = 4 * sum((weight for _, weight in exact if weight < 0), Fraction())
+    high = 4 * sum((weight for _, weight in exact if weight > 0), Fraction())
     return float(raw), float((raw - low) / (high - low))
 
 
@@ -218,7 +224,7 @@ def marked(prompt: str) -> list[Message]:
     https://github.com/NVIDIA/NeMo-Aligner/blob/main/examples/nlp/data/steerlm/common.py, into
     which preprocess_helpsteer2_data.py puts the prompt as one turn.
     """
-    first, *rest = _MARKER.split(prompt)
+    first, *rest = _MARKER.split(prompt) if "<extra_id_1>" in prompt else [prompt]
     turns = [("User", first), *zip(rest[::2], rest[1::2], strict=True)]
     return [Message(role=_SPEAKERS[who], content=said) for who, said in turns if said]
 
