@@ -364,7 +364,7 @@ def test_a_file_of_messages_in_ranges_and_row_groups(una_here, tmp_path, monkeyp
     records.append(records[0] | {"message_id": "lost", "parent_id": "elsewhere"})
     records.sort(key=lambda record: record["message_id"])  # replies before their prompts
     monkeypatch.setattr("pipelines.readers.RANGE_BYTES", 1000)
-    monkeypatch.setattr("pipelines.readers.CHUNK_BYTES", 500)
+    monkeypatch.setattr("pipelines.readers.base.CHUNK_BYTES", 500)
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "x.parquet", row_group_size=7)
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     ids = []

@@ -67,7 +67,7 @@ def test_json_reads_back_at_any_chunk_boundary(tmp_path_factory, objects, indent
         "x.json": json.dumps(objects, indent=indent, ensure_ascii=ascii_only),
         "wrapped.json": json.dumps({"of": 1, "data": [{"k": 1}, *objects], "z": "]"}, indent=indent),
     }
-    before, readers.CHUNK_BYTES = readers.CHUNK_BYTES, chunk
+    before, readers.base.CHUNK_BYTES = readers.base.CHUNK_BYTES, chunk
     try:
         for name, text in data.items():
             path = where / f"{name}{packed}"
@@ -77,7 +77,7 @@ def test_json_reads_back_at_any_chunk_boundary(tmp_path_factory, objects, indent
             assert told(found) == expected
             assert all(json.loads(raw.payload) == value for raw, value in zip(found, expected, strict=True))
     finally:
-        readers.CHUNK_BYTES = before
+        readers.base.CHUNK_BYTES = before
 
 
 @settings(max_examples=60, deadline=None)
@@ -108,14 +108,14 @@ def test_tables_read_back(tmp_path_factory, rows, batch):
     pq.write_table(table, where / "x.parquet", row_group_size=batch)
     write_arrow(where / "x.arrow", table)
     write_arrow(where / "x.feather", table, pa.ipc.new_file)
-    before, readers.BATCH_ROWS = readers.BATCH_ROWS, batch
+    before, readers.tables.BATCH_ROWS = readers.tables.BATCH_ROWS, batch
     try:
         for name in ("x.parquet", "x.arrow", "x.feather"):
             found = read(where / name)
             assert told(found) == rows
             assert [raw.position for raw in found] == list(range(1, len(rows) + 1))
     finally:
-        readers.BATCH_ROWS = before
+        readers.tables.BATCH_ROWS = before
 
 
 @pytest.mark.parametrize("packed", [p for p in PACK if p])
@@ -171,9 +171,9 @@ def test_a_damaged_record_is_rejected_with_its_bytes_and_the_next_one_is_read(
 @pytest.mark.parametrize("text", [b"x" * 70_000, b'\\"]' * 30_000, b"\\\\" * 40_000])
 @pytest.mark.parametrize("chunk", [1 << 10, (1 << 12) + 1, 40_000])
 def test_a_record_above_the_limit_is_rejected_with_its_head(tmp_path, monkeypatch, name, layout, text, chunk):
-    monkeypatch.setattr(readers, "RECORD_BYTES", 50_000)
-    monkeypatch.setattr(readers, "HEAD_BYTES", 100)
-    monkeypatch.setattr(readers, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(readers.base, "RECORD_BYTES", 50_000)
+    monkeypatch.setattr(readers.base, "HEAD_BYTES", 100)
+    monkeypatch.setattr(readers.base, "CHUNK_BYTES", chunk)
     long = b'{"a": [{"b": "%b"}]}' % text
     (tmp_path / name).write_bytes(layout % (GOOD, long, GOOD))
     before, rejected, after = read(tmp_path / name)
@@ -367,7 +367,7 @@ def test_a_million_columns(tmp_path):
     ],
 )
 def test_what_cannot_be_read_is_one_clear_error(tmp_path, monkeypatch, name, data, says):
-    monkeypatch.setattr(readers, "RECORD_BYTES", 100_000)
+    monkeypatch.setattr(readers.base, "RECORD_BYTES", 100_000)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=says) as caught:
         read(tmp_path / name)

@@ -35,7 +35,7 @@ def converted(path, kind, folder, name="trl_preference"):
 
 def both_ways(path, kind, tmp_path, name="trl_preference"):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "TEXTS_LINES", 1)
+        patch.setattr(readers.lines, "TEXTS_LINES", 1)
         fast = converted(path, kind, tmp_path / "fast", name)
         patch.setattr(readers, "texts", lambda of, names: readers.records(of))
         return fast, converted(path, kind, tmp_path / "slow", name)

@@ -1,0 +1,283 @@
+"""JSON arrays, objects that wrap one, and objects that are a table."""
+
+import codecs
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+import orjson
+
+from pipelines import io
+from pipelines.readers import base
+from pipelines.readers.base import Range, Raw, parse
+from schemas.errors import UserError
+
+log = logging.getLogger(__name__)
+COLUMN_VALUES = 100  # lists of no more, side by side in an object, may be what one record holds, such as its turns
+# What an object may call the array that it wraps.
+_WRAPPERS = (b"data", b"rows", b"records", b"examples", b"samples", b"instances", b"items", b"entries", b"results")
+_LIST_OF_OBJECTS = re.compile(rb'\s*"(?P<key>[^"\\]*)"\s*:\s*(?P<array>\[)\s*\{')
+_TURN = re.compile(rb'[^{}]*"(?:role|from)"\s*:')
+_GAP = re.compile(rb"[ \t\r\n,]*+")
+_BETWEEN = re.compile(rb"[}\]]\s*,\s*[{\[]")
+# Runs over whole strings to the next bracket or comma; `cut` is the quote of a string that goes on behind the buffer.
+_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_INSIDE, _OUTSIDE = (
+    re.compile(
+        rb"(?:[^%b]*+%b)*+[^%b]*+(?:(?P<open>[{\[])|(?P<close>[}\]])|(?P<comma>,)|(?P<cut>\")|\Z)"
+        % (stops, _STRING, stops),
+        re.DOTALL,
+    )
+    for stops in (rb'"{}\[\]', rb'"{}\[\],')
+)
+
+
+class _BrokenOff(Exception):  # noqa: N818 - it never leaves this module
+    """The file ends before its brackets close."""
+
+
+class _Buffer:
+    """The part of an unpacked file that is being scanned: `text`, from `at` on; it begins at `offset` of the file."""
+
+    def __init__(self, file: BinaryIO, skip: int = 0):
+        self.file, self.text, self.at, self.offset = file, b"", 0, 0
+        while self.offset < skip and (passed := file.read(min(base.CHUNK_BYTES, skip - self.offset))):
+            self.offset += len(passed)
+        self.more(0)
+        if not skip and self.text.startswith(codecs.BOM_UTF8):
+            self.at = len(codecs.BOM_UTF8)
+
+    def more(self, keep: int) -> bool:
+        """Read on, and drop what lies before `keep`, which becomes place 0. False at the end of the file."""
+        held = self.text[keep:]
+        read = self.file.read(min(max(base.CHUNK_BYTES, len(held)), 64 << 20))
+        self.text, self.at, self.offset = held + read, self.at - keep, self.offset + keep
+        return bool(read)
+
+    def forget(self, start: int) -> int:
+        """Drop what lies behind `start`, but not that it ends within a string; the number of bytes dropped."""
+        rest = self.text[self.at :]
+        odd = (len(rest) - len(rest.rstrip(b"\\"))) % 2
+        kept = b'"' + b"\\" * odd if rest else b""
+        self.offset += len(self.text) - len(kept)
+        dropped = len(self.text) - start - len(kept)
+        self.text, self.at = kept, 0
+        return dropped
+
+    def skip(self) -> bytes:
+        """Pass white space and commas; the byte that follows, or nothing at the end of the file."""
+        while True:
+            self.at = _GAP.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if self.at < len(self.text) or not self.more(self.at):
+                return self.text[self.at : self.at + 1]
+
+
+class _Element(NamedTuple):
+    offset: int  # in the unpacked file
+    size: int  # bytes
+    text: bytes  # all of it, or its first bytes where it is longer than the limit
+
+
+def _element(buffer: _Buffer, closer: bytes, limit: int) -> _Element:
+    """What stands next in an array (`closer` is "]"), in an object ("}": its members) or in a file ("": to its end).
+
+    It ends where its brackets close; a scalar and a member end before the comma. Strings are passed over and
+    nothing is parsed, so that an element which is no JSON is an element all the same.
+    """
+    offset, start, depth, dropped, head = buffer.offset + buffer.at, buffer.at, 0, 0, b""
+    while True:
+        match = (_INSIDE if depth else _OUTSIDE).match(buffer.text, buffer.at)
+        found, buffer.at = match.lastgroup, match.end()  # type: ignore[union-attr]
+        if found == "open":
+            depth += 1
+        elif found == "close" and depth:
+            depth -= 1
+            if not depth and closer != b"}":
+                break
+        elif found == "comma" or (found == "close" and buffer.text[buffer.at - 1 : buffer.at] == closer):
+            buffer.at -= 1
+            break
+        elif found != "close":  # the buffer ends here
+            buffer.at -= found == "cut"
+            if dropped + len(buffer.text) - start > limit:
+                head = head or buffer.text[start : start + base.HEAD_BYTES]
+                dropped, start = dropped + buffer.forget(start), 0
+            ended = not buffer.more(start)
+            start = 0
+            if ended and (closer or depth or found):
+                raise _BrokenOff
+            if ended:
+                break
+    size = dropped + buffer.at - start
+    return _Element(offset, size, head or buffer.text[start : buffer.at if size <= limit else start + base.HEAD_BYTES])
+
+
+def read(of: Range) -> Iterator[Raw]:
+    """The elements of a JSON array, one at a time: the array is never in memory whole.
+
+    A file that starts with an object holds one record or several in a row, unless that object wraps an array.
+    """
+    with io.open_bytes(of.path) as file:
+        buffer = _Buffer(file)
+        if buffer.skip() == b"[":
+            buffer.at += 1
+            yield from _parsed(of, buffer, b"]")
+            if buffer.skip():
+                raise UserError(f"{of.path}: more follows the JSON array; write one array, or one record per line")
+        elif (offset := _wrapped(of.path)) is not None:
+            with io.open_bytes(of.path) as again:
+                yield from _parsed(of, _Buffer(again, offset + 1), b"]")
+        elif (table := _table(of.path)) is not None:
+            yield from (Raw(i, None, row) for i, row in enumerate(table, 1))
+        else:
+            yield from _parsed(of, buffer, b"")
+
+
+def _parsed(of: Range, buffer: _Buffer, closer: bytes) -> Iterator[Raw]:
+    position, between = 1, b""
+    while (byte := buffer.skip()) != closer:
+        if found := _quick(buffer, between) if between else None:
+            yield Raw(position, *found)
+        else:
+            try:
+                if not byte:
+                    raise _BrokenOff
+                _, size, text = _element(buffer, closer, base.RECORD_BYTES)
+            except _BrokenOff:
+                told = f"{of.path}: the JSON breaks off or is invalid after record {position - 1}"
+                raise UserError(f"{told}: its brackets or quotes do not close") from None
+            yield Raw(position, text, parse(text) if size == len(text) else base.too_long(size))
+            between = match[0] if (match := _BETWEEN.match(buffer.text, buffer.at - 1)) else between
+        position += 1
+    buffer.at += len(closer)
+
+
+def _quick(buffer: _Buffer, between: bytes) -> tuple[bytes, Any] | None:
+    """The element at hand and its value, tried where the bytes stand that parted the last two.
+
+    Quicker than to count brackets, and as sure: no beginning of an array or object is one itself.
+    """
+    end = buffer.at
+    for _ in range(8):
+        end = buffer.text.find(between, end, buffer.at + base.CHUNK_BYTES) + 1
+        if not end:
+            return None
+        text = buffer.text[buffer.at : end]
+        try:
+            value = orjson.loads(text)
+        except orjson.JSONDecodeError:
+            continue
+        buffer.at = end
+        return text, value
+    return None
+
+
+def _wrapped(path: str) -> int | None:
+    """Where the array lies that the only object of a file wraps, or None.
+
+    It is the only list of objects there, under one of the usual names, or the only member and not a chat's turns.
+    """
+    lists, members = [], 0
+    with io.open_bytes(path) as file:
+        buffer = _Buffer(file)
+        if buffer.skip() != b"{":
+            return None
+        buffer.at += 1
+        try:
+            while buffer.skip() != b"}":
+                member, members = _element(buffer, b"}", base.HEAD_BYTES), members + 1
+                if match := _LIST_OF_OBJECTS.match(member.text):
+                    lists.append((match, member.offset))
+        except _BrokenOff:
+            return None
+        buffer.at += 1
+        if buffer.skip():  # more objects follow
+            return None
+    if len(lists) != 1:
+        return None
+    match, offset = lists[0]
+    if match["key"] not in _WRAPPERS and (members > 1 or _TURN.match(match.string, match.end())):
+        return None
+    name, others = match["key"].decode("utf-8", "replace"), members - 1
+    log.info("%s: one object; the records are its %r; its %d other fields are not read", path, name, others)
+    return offset + match.start("array")
+
+
+def _table(path: str) -> list[dict[str, Any]] | None:
+    """The rows of the table that the only object of a file is, or None; the file is read whole for it."""
+    with io.open_bytes(path) as file:
+        buffer = _Buffer(file)
+        try:
+            _, size, text = _element(buffer, b"", base.RECORD_BYTES) if buffer.skip() == b"{" else _Element(0, 0, b"")
+        except _BrokenOff:
+            return None
+        if size > len(text) or buffer.skip():  # more objects follow
+            return None
+    value = parse(text)
+    rows = _as_table(value, path) if isinstance(value, dict) else None
+    if rows is not None:
+        log.info("%s: one object, which is a table of %d rows", path, len(rows))
+    return rows
+
+
+def _as_table(value: dict[str, Any], path: str) -> list[dict[str, Any]] | None:
+    """The rows, if the object is certainly a table as pandas or `datasets` write it, and no single record."""
+    names, columns = list(value), list(value.values())
+    if {"columns", "data"} <= value.keys() <= {"columns", "data", "index", "index_names", "column_names"}:
+        return _split_rows(value["columns"], value["data"], path)
+    if columns and all(isinstance(c, dict) for c in columns):
+        inner = list(columns[0])
+        if _are_places(names) and not any(map(_are_places, columns)):
+            return columns
+        if _are_places(inner) and not _are_places(names) and all(list(c) == inner for c in columns):
+            return [dict(zip(names, row, strict=True)) for row in zip(*(c.values() for c in columns), strict=True)]
+    if _side_by_side(columns) and (len(columns[0]) > COLUMN_VALUES or any(map(_are_conversations, columns))):
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    return None
+
+
+def _split_rows(names: Any, rows: Any, path: str) -> list[dict[str, Any]] | None:
+    if not isinstance(names, list) or not isinstance(rows, list) or not all(isinstance(n, str) for n in names):
+        return None
+    if not all(isinstance(row, list) and len(row) == len(names) for row in rows):
+        return None
+    base.require_distinct(names, path)
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def _are_places(keys: Iterable[str]) -> bool:
+    """Whether the keys are the index of two rows or more."""
+    listed = list(keys)
+    return len(listed) > 1 and all(key.isascii() and key.isdigit() for key in listed)
+
+
+def _side_by_side(columns: list[Any]) -> bool:
+    """Whether all are lists of one length, and no turns of one conversation."""
+    if not columns or not all(isinstance(c, list) and len(c) == len(columns[0]) > 0 for c in columns):
+        return False
+    return not any(_is_turn(one) for column in columns for one in column[:2])
+
+
+def _are_conversations(values: list[Any]) -> bool:
+    return all(isinstance(value, list) and value and _is_turn(value[0]) for value in values)
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and ("role" in value or "from" in value)
+
+
+def like_table(value: dict[str, Any]) -> str:
+    """How to make rows of an object that may be a table, or one record; '' if it is none."""
+    columns = list(value.values())
+    if len(columns) > 1 and _side_by_side(columns):
+        what, rows = (
+            f"{len(columns)} lists of {len(columns[0])} values",
+            "[dict(zip(t, row)) for row in zip(*t.values())]",
+        )
+    elif len(columns) > 1 and all(isinstance(c, dict) and c and list(c) == list(columns[0]) for c in columns):
+        what, rows = f"{len(columns)} objects with the same fields", "[{'id': key} | row for key, row in t.items()]"
+    else:
+        return ""
+    write = f"""python -c "import json; t = json.load(open('FILE')); json.dump({rows}, open('rows.json', 'w'))\""""
+    return f"one object of {what}, which may be a table or a record; if it is a table, write its rows: {write}"

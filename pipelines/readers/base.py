@@ -1,0 +1,123 @@
+"""What all readers share: a record as it lies in its file, the limits, JSON, and the header of a table."""
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import orjson
+import pyarrow as pa
+
+from schemas.errors import Reject, UserError
+
+log = logging.getLogger(__name__)
+CHUNK_BYTES = 1 << 18  # read at a time: lines that are still in the cache are parsed faster
+RECORD_BYTES = 256 << 20  # a longer record is rejected with its first `HEAD_BYTES`
+HEAD_BYTES = 1 << 20
+TITLE_ROWS = 10  # at most, above the header of a table
+
+
+class Raw(NamedTuple):
+    """One record as it lies in its file; `value` is what it parsed to, or the `Reject` that says why it did not.
+
+    `text` is the record's bytes, or None for a row of a table, which has none of its own.
+    """
+
+    position: int
+    text: bytes | None
+    value: Any
+
+    @property
+    def payload(self) -> bytes:
+        """The record as it is kept when it is rejected: its bytes, or a row's JSON."""
+        return json.dumps(self.value, default=str).encode() if self.text is None else self.text
+
+
+@dataclass(frozen=True)
+class Range:
+    """A piece of a file that one worker reads: bytes (jsonl), row groups (parquet) or the whole file."""
+
+    path: str
+    kind: str  # one of KINDS
+    start: int = 0
+    stop: int = -1  # -1: to the end
+    first: int = 1  # position of its first record
+
+
+class Texts(NamedTuple):
+    """Records that hold nothing but texts, by column; `record` gives one of them as it lies in the file.
+
+    The next ones are read where these were, so that `record` is for now only.
+    """
+
+    columns: list[pa.Array]  # each [n] strings, some perhaps null
+    record: Callable[[int], Raw]
+
+
+def parse(line: bytes) -> Any:
+    """The JSON value of `line`, or a `Reject`. orjson is fast and strict; json takes NaN, 1e400 and lone surrogates.
+
+    Both keep the last of a key that an object holds twice: to look for such keys in every record would cost up to a
+    third of its conversion, so that `twice` looks for them in the first. An integer beyond 64 bits is a float.
+    """
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Reject("invalid_unicode", f"not valid UTF-8 at byte {error.start} of the record")
+    except (ValueError, RecursionError) as error:
+        return Reject("invalid_json", str(error))
+
+
+def twice(text: bytes) -> str | None:
+    """The key that an object in a JSON text holds twice, with two values; None if none does."""
+    found: list[str] = []
+
+    def paired(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            found.extend(key for key, value in pairs if value != made[key])
+        return made
+
+    try:
+        json.loads(text, object_pairs_hook=paired)
+    except (ValueError, RecursionError):
+        return None  # it is rejected as it is
+    return found[0] if found else None
+
+
+def too_long(size: int) -> Reject:
+    return Reject("invalid_json", f"{size} bytes; a record has at most {RECORD_BYTES}, and the first are kept")
+
+
+def is_utf16(head: bytes) -> bool:
+    """With its byte order mark, or without by every second byte's being zero."""
+    return bool(re.match(rb"\xff\xfe|\xfe\xff|(?:[\t-~]\x00){2}|(?:\x00[\t-~]){2}", head))
+
+
+def require_distinct(names: Sequence[str], path: str) -> None:
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+        raise UserError(f"{path}: two columns are called {twice!r}; rename one")
+
+
+def below_title(path: str, rows: Iterator[Any], filled: Callable[[Any], int]) -> Iterator[Any]:
+    """The rows from the header on; above it may stand blank rows and some of which one cell alone is filled: a title.
+
+    Where none of the first rows has more, and where they are one cell wide, the first is the header.
+    """
+    above: list[Any] = []
+    for row in rows:
+        above.append(row)
+        if filled(row) > 1 or len(row) < 2 or len(above) > TITLE_ROWS:
+            break
+    if len(above) > 1 and filled(above[-1]) > 1:
+        log.info("%s: the first %d rows are a title, no header and no records", path, len(above) - 1)
+        del above[:-1]
+    yield from above
+    yield from rows
