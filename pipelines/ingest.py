@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from pipelines import dataset, io, readers, settle, understand
 from pipelines.converters import LeftOut, Policy
-from pipelines.converters.base import touched
+from pipelines.converters.base import lowered, touched
 from pipelines.plan import Piece, Pieces, Plan, read
 from pipelines.settle import Settling
 from pipelines.understand import Source, convert
@@ -58,7 +58,7 @@ def convert_range(
     report = dataset.result(index)
     path = f"{stage}/parts/{dataset.part_name(index)}"
     out = _Output(source, policy, report, path, facts, how or Settling(), shards, seed)
-    counting = touched.set(report["touched"])
+    counting, gathering = touched.set(report["touched"]), lowered.set(set())
     try:
         for found in understand.records(of, source):
             if isinstance(found, readers.Texts):
@@ -68,6 +68,7 @@ def convert_range(
         out.write()
     finally:
         touched.reset(counting)
+        lowered.reset(gathering)
     report["spreads"] = settle.together(out.spreads)
     report["data" if isinstance(out.rows_to, io.PartWriter) else "waiting"] = out.rows_to.close()
     report["pieces"] = out.labels_to.close() if out.labels_to else []
@@ -157,7 +158,7 @@ class _Output:
         if self.labels_to:
             self.labels_to.write(settle.labels(rows, self.put, self.seed))
         if self.how.scale != "range":
-            self.spreads.append(settle.spreads(rows))
+            self.spreads.append(settle.spreads(rows, lowered.get()))
         if not self.how.needed:
             self.report["rows"].update(_types(rows))
         self.put += rows.num_rows

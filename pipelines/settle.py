@@ -9,7 +9,7 @@ prompt. Which records become which rows is the converters' work; nothing here kn
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from statistics import median, multimode
 from typing import Any
@@ -50,34 +50,30 @@ class Settling:
 # --- scales ------------------------------------------------------------------------------------
 
 
-def spreads(rows: pa.Table) -> dict[str, Spread]:
-    """What the raw rewards of each source's scalar rows are like."""
+def spreads(rows: pa.Table, lowered: Collection[str] = ()) -> dict[str, Spread]:
+    """What the raw rewards of each source's scalar rows are like; of `lowered` sources, the lower are the better."""
     chosen = rows.filter(pc.and_(pc.equal(rows["type"], "scalar"), pc.is_valid(rows["raw_reward"])))
     found = {}
     for source in pc.unique(chosen["source"]).to_pylist():
         of_source = chosen.filter(pc.equal(chosen["source"], source))
-        raw, reward = of_source["raw_reward"].to_numpy(), of_source["reward"].to_numpy()
+        raw = of_source["raw_reward"].to_numpy()
         values, counts = np.unique(raw, return_counts=True)
-        first, last = raw.argmin(), raw.argmax()
-        ends = [[raw[first], reward[first]], [raw[last], reward[last]]]
-        found[source] = spread_of(len(raw), [raw.sum()], [(raw**2).sum()], ends, values, counts)
+        of = {"lower_is_better": source in lowered, "low": float(raw.min()), "high": float(raw.max())}
+        found[source] = of | spread_of(len(raw), [raw.sum()], [(raw**2).sum()], values, counts)
     return found
 
 
-def spread_of(n: int, sums: Any, squares: Any, ends: Any, values: np.ndarray, counts: np.ndarray) -> Spread:
-    """A spread from its sums, the pairs (raw, reward) at its ends, and its distinct values with their counts."""
+def spread_of(n: int, sums: Any, squares: Any, values: np.ndarray, counts: np.ndarray) -> Spread:
+    """What a spread says of sums, and of the distinct values with their counts."""
     if len(values) > POINTS:  # the values at evenly spaced places in their order, each for those around it
         upto = np.cumsum(counts)
         at = np.searchsorted(upto, np.linspace(1, upto[-1], POINTS))
         at = np.unique(at)
         values, counts = values[at], np.diff(upto[at], prepend=0)
-    low, high = (tuple(map(float, end)) for end in (min(ends), max(ends)))
     return {
         "n": int(n),
         "sum": math.fsum(sums),
         "squares": math.fsum(squares),
-        "low": low,
-        "high": high,
         "values": values.tolist(),
         "counts": counts.tolist(),
     }
@@ -93,9 +89,15 @@ def together(parts: Iterable[dict[str, Spread]]) -> dict[str, Spread]:
     for source, of in sorted(by_source.items()):
         values, where = np.unique(np.concatenate([s["values"] for s in of]), return_inverse=True)
         counts = np.bincount(where, np.concatenate([s["counts"] for s in of])).astype(np.int64)
-        ends = [end for s in of for end in (s["low"], s["high"])]
+        if len({s["lower_is_better"] for s in of}) > 1:
+            raise UserError(
+                f"{source}: higher scores are better in some of its files, lower ones in others; name each "
+                "kind by a --source of its own, in runs of their own"
+            )
+        ends = {"low": min(s["low"] for s in of), "high": max(s["high"] for s in of)}
         sums, squares = [s["sum"] for s in of], [s["squares"] for s in of]
-        whole[source] = spread_of(sum(s["n"] for s in of), sums, squares, ends, values, counts)
+        spread = spread_of(sum(s["n"] for s in of), sums, squares, values, counts)
+        whole[source] = {"lower_is_better": of[0]["lower_is_better"], **ends, **spread}
     return whole
 
 
@@ -103,10 +105,9 @@ def statistics(method: str, spread: Spread) -> dict[str, Any]:
     """What of a source's spread its new rewards are made from; stored, and used again with `--calibration`."""
     mean = spread["sum"] / spread["n"]
     deviation = math.sqrt(max(0.0, spread["squares"] / spread["n"] - mean**2))
-    (low, of_low), (high, of_high) = spread["low"], spread["high"]
-    facts = {"n": spread["n"], "lower_is_better": of_low > of_high}
+    facts = {name: spread[name] for name in ("n", "lower_is_better")}
     if method == "minmax":
-        return facts | {"low": low, "high": high}
+        return facts | {name: spread[name] for name in ("low", "high")}
     if method == "zscore":
         return facts | {"mean": mean, "deviation": deviation}
     if method == "quantile":

@@ -242,7 +242,8 @@ RAWS = [1.0, 2.0, 2.0, 5.0, 9.0]
 def test_scales(method, expected, lower_is_better):
     low, high = (10, 0) if lower_is_better else (0, 10)
     rows = [row for i, raw in enumerate(RAWS) for row in rated(f"r{i}", raw, low=low, high=high)]
-    spreads = settle.together([settle.spreads(feedback.table(rows[:2])), settle.spreads(feedback.table(rows[2:]))])
+    tables, lowered = [feedback.table(rows[:2]), feedback.table(rows[2:])], {"s"} if lower_is_better else set()
+    spreads = settle.together(settle.spreads(table, lowered) for table in tables)
     scales = {"s": settle.statistics(method, spreads["s"])}
     found, _, touched, _ = settled(rows, scales, scale=method)
     assert touched == {"scale": 5}
@@ -338,6 +339,33 @@ def test_calibration_applies_stored_statistics_to_new_data(una_here, tmp_path):
     assert code == 1
     assert "no statistics of source 'other'" in err
     assert not (tmp_path / "d").exists()
+
+
+SIGMOID = "prompt: prompt\nresponse: response\nlabel: {field: grade, scale: sigmoid, better: lower}\n"
+GRADES = "prompt: prompt\nresponse: response\nlabel: {field: grade, score: [1, 6], better: lower}\n"
+
+
+@pytest.mark.parametrize(
+    ("mapping", "grades", "scale", "expected"),
+    [
+        (SIGMOID, [120.5, 450, 900], "minmax", [1, 0.5773, 0]),  # the sigmoid of each is 0 in 32 bits,
+        (SIGMOID, [-120.5, -50, -20], "quantile", [5 / 6, 1 / 2, 1 / 6]),  # and here 1
+        (GRADES, [6, 6, 6], "sigmoid", [0.0025] * 3),
+    ],
+)
+def test_which_end_is_better_is_kept_where_rewards_do_not_show_it(una_here, tmp_path, mapping, grades, scale, expected):
+    records = [{"prompt": f"p{i}", "response": "r", "grade": grade} for i, grade in enumerate(grades)]
+    path, spec = write(tmp_path / "x.jsonl", records), tmp_path / "m.yaml"
+    spec.write_text(mapping)
+    code, _, err = una_here("ingest", path, "--mapping", spec, "--output", tmp_path / "out", "--scale", scale)
+    assert code == 0, err
+    assert [r["reward"] for r in rows_of(tmp_path / "out")] == pytest.approx(expected, abs=1e-4)
+
+
+def test_scores_of_one_source_that_go_both_ways_are_refused():
+    table = feedback.table(rated("A", 2))
+    with pytest.raises(UserError, match="s: higher scores are better in some of its files, lower ones in others"):
+        settle.together([settle.spreads(table), settle.spreads(table, {"s"})])
 
 
 def _helpsteer(i, x):

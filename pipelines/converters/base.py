@@ -74,6 +74,15 @@ def note(policy: str) -> None:
         counts[policy] += 1
 
 
+lowered: ContextVar[set[str]] = ContextVar("lowered")  # sources whose lower scores are the better ones, while gathered
+
+
+def tell_lower_is_better(source: str) -> None:
+    """Tell that a source's raw rewards are better the lower they are, which rewards that are equal do not show."""
+    if (sources := lowered.get(None)) is not None:
+        sources.add(source)
+
+
 Record = dict[str, Any]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations, pairwise
 from typing import Any
 
-from pipelines.converters.base import LeftOut, Policy, Record, note
+from pipelines.converters.base import LeftOut, Policy, Record, note, tell_lower_is_better
 from pipelines.converters.messages import number, scaled, show, verdict
 from schemas.errors import Reject
 from schemas.feedback import Message, Row, comparison, score, thumb, unlabelled
@@ -132,6 +132,8 @@ def rated(
         _missing(f"{where} is {value!r}", policy)
         return unlabelled(prompt, response, **(facts | _NOBODY))
     raw, reward = scaled(value, where, low, high)
+    if lower_is_better:
+        tell_lower_is_better(facts["source"])
     return score(prompt, response, 1 - reward if lower_is_better else reward, raw_reward=raw, **facts)
 
 
@@ -178,6 +180,8 @@ def standings(
     worst, and the middle of their places for equal ones. Otherwise comparisons: of neighbours, of all pairs, or of the
     best with each other. What cannot be used is a `LeftOut`.
     """
+    if lower_is_better:
+        tell_lower_is_better(facts["source"])
     made: Of = []
     usable: list[_Placed] = []
     for i, (response, value) in enumerate(entries):

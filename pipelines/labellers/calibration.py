@@ -105,8 +105,8 @@ def too_few(method: str, name: str) -> UserError:
 
 def _of_spread(method: str, raw: np.ndarray, extremes: tuple[float, float]) -> Fitted:
     values, counts = np.unique(raw, return_counts=True)
-    ends = [[extremes[0], 0.0], [extremes[1], 1.0]]
-    return settle.statistics(method, settle.spread_of(len(raw), raw, raw**2, ends, values, counts))
+    spread = settle.spread_of(len(raw), raw, raw**2, values, counts)
+    return settle.statistics(method, spread | {"low": extremes[0], "high": extremes[1], "lower_is_better": False})
 
 
 def _isotonic(raw: np.ndarray, human: np.ndarray, pairs: bool) -> Fitted:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from pipelines.converters.base import LeftOut, Policy
+from pipelines.converters.base import LeftOut, Policy, tell_lower_is_better
 from pipelines.converters.labels import annotator, compared, is_missing, preferred, ranked, rated, some
 from pipelines.converters.messages import finite, number, show
 from pipelines.mapping import paths
@@ -190,8 +190,10 @@ def judge_one(side: Side, value: Any, where: str, label: Label, policy: Policy, 
         return _ordered(side, value, where, label["order"], facts)
     if label.get("scale") == "sigmoid":
         raw = number(value, where)
-        reward = _sigmoid(-raw if label.get("better") == "lower" else raw)
-        return score(*side, reward, raw_reward=raw, **facts)
+        if label.get("better") == "lower":
+            tell_lower_is_better(facts["source"])
+            return score(*side, _sigmoid(-raw), raw_reward=raw, **facts)
+        return score(*side, _sigmoid(raw), raw_reward=raw, **facts)
     low, high = _range(label)
     if (share := _share(value, where, high)) is not value:
         value, facts = share, _noted(facts, given)
