@@ -2,11 +2,8 @@
 
 import contextlib
 import logging
-import os
 import re
-import select
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +28,9 @@ from apache_beam.runners.portability.flink_runner import MAGIC_HOST_NAMES
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.runners.portability.fn_api_runner.fn_runner import ExtendedProvisionInfo
 from apache_beam.runners.runner import PipelineResult
+from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
-from pipelines import dataset, remote
+from pipelines import dataset, processes, remote
 from schemas.errors import UsageError, UserError
 
 # what a worker raised, in the last line of a traceback
@@ -62,21 +60,6 @@ class ArrowCoder(beam.coders.Coder):
 
 
 beam.coders.registry.register_coder(pa.Table, ArrowCoder)
-
-
-_STARTER = "UNA_STARTER"  # the process whose workers are processes of their own
-
-
-def _end_with(starter: int) -> None:
-    """End this worker once the process that started it is gone: one that was killed leaves workers that go on for
-    minutes, and would write into the staging directory of the next run."""
-    with contextlib.suppress(ProcessLookupError):
-        select.select([os.pidfd_open(starter)], [], [])
-    os._exit(1)
-
-
-if (_starter := int(os.environ.get(_STARTER, 0))) not in (0, os.getpid()) and hasattr(os, "pidfd_open"):  # Linux
-    threading.Thread(target=_end_with, args=(_starter,), daemon=True).start()
 
 
 # threads that pack row groups ask for Python's lock often, and would wait 5 ms each time
@@ -188,10 +171,14 @@ def _chosen(flags: list[str]) -> tuple[PipelineOptions, str | FnApiRunner]:
 
 
 def _local(chosen: PipelineOptions) -> FnApiRunner:
-    """Beam's local runner; by itself it tells its worker processes no options, and they would not reach the stores."""
+    """Beam's local runner, whose worker processes are una's and are told the options of the stores."""
     of_stores = {k: v for k, v in chosen.get_all_options(drop_default=True).items() if k.startswith("s3_")}
     told = job_utils.dict_to_struct({f"beam:option:{name}:v1": value for name, value in of_stores.items()})
-    return FnApiRunner(provision_info=ExtendedProvisionInfo(provision.ProvisionInfo(pipeline_options=told)))
+    provisions, environment = ExtendedProvisionInfo(provision.ProvisionInfo(pipeline_options=told)), None
+    if (direct := chosen.view_as(DirectOptions)).direct_running_mode == "multi_processing":
+        direct.direct_running_mode = "in_memory"  # with the other name Beam would start workers of its own
+        environment = SubprocessSDKEnvironment.from_command_string(processes.worker_command())
+    return FnApiRunner(environment, provision_info=provisions)
 
 
 def run(build: Callable[[beam.Pipeline], object], flags: list[str]) -> None:
@@ -199,7 +186,6 @@ def run(build: Callable[[beam.Pipeline], object], flags: list[str]) -> None:
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what it logs as errors is also raised, below
     _tell_of_dataflow()
     chosen, runner = _chosen(flags)
-    os.environ[_STARTER] = str(os.getpid())
     try:
         pipeline = beam.Pipeline(runner=runner, options=chosen)
         build(pipeline)

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 
+from pipelines import processes
 from schemas import command
 
 ALL, STORES, NONE = "--", "--s3_", ""  # how those of Beam's options start that a command takes
@@ -157,21 +158,6 @@ _BEAMS = {
 }
 
 
-class _NotOurs:
-    """Hides packages from Beam and pyarrow, which import them wherever they are installed: .3 s and 50 MB for nothing.
-
-    They are no dependencies of una, and nothing of theirs is in its pipelines.
-    """
-
-    commands = ("inspect", "ingest", "filter", "publish", "view", "export")  # in which no code runs but una's
-    packages = ("pandas", "pymongo")
-
-    @classmethod
-    def find_spec(cls, name: str, path: object = None, target: object = None) -> None:
-        if name in cls.packages:
-            raise ModuleNotFoundError(f"una hides {name} from the libraries of this command", name=name)
-
-
 def parser_for(name: str) -> argparse.ArgumentParser:
     """The parser of one subcommand."""
     module, add, _, beams, text, examples = COMMANDS[name]
@@ -239,8 +225,9 @@ def main(argv: list[str] | None = None) -> int:
     if wrong := next((arg for arg in argv if not _is_text(arg)), None):
         parser.error(f"{os.fsencode(wrong)!r} is not valid UTF-8")
     command.log_to_stderr()
-    if own_process and name in _NotOurs.commands:
-        sys.meta_path.insert(0, _NotOurs)
+    if own_process:
+        processes.end_quickly()
+        processes.hide(*(processes.NOT_OURS if name in processes.LEAN else ()))
     return command.run(lambda args: call(name, args), parse(name, argv[1:]), f"una {name}")
 
 

@@ -11,20 +11,36 @@ from apache_beam.metrics import MetricsFilter
 from conftest import write_jsonl
 
 from pipelines import beam as una_beam
+from pipelines import processes
 from pipelines.converters import Policy
 from pipelines.ingest import Source, build
 
 
 def test_a_worker_ends_with_the_process_that_started_it():
     starter = subprocess.Popen(["sleep", "600"])
-    about = {**os.environ, "UNA_STARTER": str(starter.pid)}
-    code = "import pipelines.beam, time; print(flush=True); time.sleep(600)"
-    worker = subprocess.Popen([sys.executable, "-c", code], env=about, stdout=subprocess.PIPE)
-    assert worker.stdout.readline()
-    assert worker.poll() is None
+    nobody = {"CONTROL_API_SERVICE_DESCRIPTOR": 'url: "localhost:1"', "PIPELINE_OPTIONS": "{}"}
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.processes", str(starter.pid)], env={**os.environ, **nobody}
+    )
+    with pytest.raises(subprocess.TimeoutExpired):  # it waits for the runner
+        worker.wait(2)
     starter.kill()
     assert worker.wait(60) == 1
     starter.wait()
+
+
+def test_a_worker_hides_what_its_starter_hides(monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    processes.hide("pandas", "pymongo")
+    assert processes.worker_command().endswith(f" -m pipelines.processes {os.getpid()} pandas pymongo")
+
+
+def test_two_processes_say_what_one_says_and_no_more(una, tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(50)])
+    two = ("--direct_num_workers", "2", "--direct_running_mode", "multi_processing")
+    said = [una("ingest", path, "--output", tmp_path / "out", "--overwrite", *flags).stderr for flags in ((), two)]
+    assert said[0] == said[1]
+    assert "50 records" in said[0]
 
 
 def test_flags_of_beam_are_taken_out_wherever_they_stand():

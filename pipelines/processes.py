@@ -1,0 +1,76 @@
+"""How the processes start and end in which Beam runs: una's own, and the workers of Beam's local runner.
+
+    python -m pipelines.processes STARTER [PACKAGE …]
+
+is a worker: Beam tells it the rest through its environment. It ends with the process STARTER, and hides the packages.
+"""
+
+import atexit
+import contextlib
+import gc
+import logging
+import os
+import select
+import shlex
+import sys
+import threading
+
+from schemas import command
+
+# In which no code runs but una's. Beam and pyarrow import these wherever they are installed: .3 s and 50 MB for
+# nothing, as they are no dependencies of una, and nothing of theirs is in its pipelines.
+LEAN = ("inspect", "ingest", "filter", "publish", "view", "export")
+NOT_OURS = ("pandas", "pymongo")
+
+
+class _Hidden:
+    """Finds no module of some packages (https://docs.python.org/3/library/sys.html#sys.meta_path)."""
+
+    def __init__(self, packages: tuple[str, ...]):
+        self.packages = packages
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name in self.packages:
+            raise ModuleNotFoundError(f"una hides {name} from the libraries of this command", name=name)
+
+
+def hide(*packages: str) -> None:
+    """Hide packages from the libraries of this process and of the workers that it starts."""
+    sys.meta_path.insert(0, _Hidden(packages))
+
+
+def end_quickly() -> None:
+    """Let Python not look for garbage as it ends, in all that was imported: that would be a quarter of a start."""
+    atexit.register(gc.freeze)
+
+
+def worker_command() -> str:
+    """The command line of a worker of this process, for a shell."""
+    hidden = [name for finder in sys.meta_path if isinstance(finder, _Hidden) for name in finder.packages]
+    return shlex.join([sys.executable, "-m", "pipelines.processes", str(os.getpid()), *hidden])
+
+
+def _end_with(starter: int) -> None:
+    """End this process once another is gone: the workers of one that was killed go on for minutes, and would write
+    into the staging directory of the next run."""
+    with contextlib.suppress(ProcessLookupError):
+        select.select([os.pidfd_open(starter)], [], [])
+    os._exit(1)
+
+
+def main() -> None:
+    starter, *hidden = sys.argv[1:]
+    if hasattr(os, "pidfd_open"):  # Linux
+        threading.Thread(target=_end_with, args=(int(starter),), daemon=True).start()
+    hide(*hidden)
+    end_quickly()
+    command.log_to_stderr()
+    os.environ.pop("LOGGING_API_SERVICE_DESCRIPTOR", None)  # Beam would send what is logged to the starter, to show it
+    from apache_beam.runners.worker import sdk_worker_main
+
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what it logs as errors, the starter raises
+    sdk_worker_main.main([])
+
+
+if __name__ == "__main__":
+    main()
