@@ -450,6 +450,8 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
         policies["calibration"] = {"from": io.name(args.calibration.rstrip("/")), "sources": sorted(calibration)}
     _tell_shared_names(sources)
     beam.check(args.beam, *args.paths, output)
+    for source in sources:
+        understand.tell_unread(source, policy)
     stage = dataset.prepare(output, args.overwrite)
     return beam.run_stage(
         lambda p: build(p, sources, converting, policies, stage, output, how, calibration),

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 
 from pipelines import dataset, io, readers
 from pipelines import mapping as mappings
-from pipelines.converters import CONVERTERS, LeftOut, Policy, columns, detect, first_match, nearest
+from pipelines.converters import CONVERTERS, LeftOut, Policy, columns, detect, doubt, first_match, nearest
 from pipelines.converters.base import CHOICES, PAPER_WEIGHTS, touched
+from pipelines.unread import unread
 from schemas.command import did_you_mean, ranges, weights
 from schemas.errors import Reject, UsageError, UserError
 from schemas.feedback import Row
@@ -25,6 +26,7 @@ from schemas.manifest import Manifest
 log = logging.getLogger(__name__)
 DETECTED = 200  # records that the detection looks at
 SAMPLE = 1_000  # records that `inspect` converts
+UNREAD = 12  # of the fields that are not read are named
 RIVAL = 1 / 3  # with this share of the records, a second format makes a file ambiguous
 
 
@@ -66,7 +68,21 @@ def sources_of(args: argparse.Namespace) -> list[Source]:
     chosen = mappings.load(args.mapping) if args.mapping else None
     if args.retry:
         return [source for path in args.paths for source in _retried(path, args, chosen)]
-    return [understand(path, args.format, args.source, chosen) for path in io.expand(args.paths)]
+    if not (found := list(_understood(args, chosen))):
+        raise UserError(f"{', '.join(args.paths)}: every file there is empty")
+    return found
+
+
+def _understood(args: argparse.Namespace, chosen: mappings.Mapping | None) -> Iterator[Source]:
+    """The files; those of a directory or glob that hold nothing, as the log of a quiet day, are told and left out."""
+    paths = io.expand(args.paths)
+    for path in paths:
+        try:
+            yield understand(path, args.format, args.source, chosen)
+        except readers.EmptyFileError as error:
+            if path in args.paths or len(paths) == 1:
+                raise
+            log.warning("%s; it is left out", error)
 
 
 def understand(
@@ -83,6 +99,30 @@ def understand(
     values = (_named(raw.value, names) for raw in readers.records(readers.Range(path, kind)))
     format_name, confidence = _detected(path, values, kind)
     return Source(path, kind, format_name, name, confidence=confidence, columns=names)
+
+
+def tell_unread(source: Source, policy: Policy) -> None:
+    """Log the fields that are not read; what they say is lost."""
+    if source.retried:
+        return
+    raws = readers.records(readers.Range(source.path, source.kind))
+    if fields := [*_unread(source, (raw.value for raw in islice(raws, DETECTED)), policy)]:
+        more = f" and {len(fields) - UNREAD} more" if len(fields) > UNREAD else ""
+        log.info("%s: not read: %s%s", source.path, ", ".join(fields[:UNREAD]), more)
+
+
+def _unread(source: Source, records: Iterable[Any], policy: Policy) -> dict[str, str]:
+    """The fields that are not read, with some of their values; none where a record says nothing without its file."""
+    if source.mapping is None and CONVERTERS[source.format].of_file:
+        return {}
+    found = [_named(value, source.columns) for value in records if isinstance(value, dict)]
+    of = unread(found, lambda record: source.reading.convert(record, source.name, policy))
+    return {path.removeprefix("."): ", ".join(map(_brief, values)) for path, values in of.items()}
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def _check_keys(path: str, kind: str) -> None:
@@ -122,6 +162,8 @@ def _detected(path: str, values: Iterator[Any], kind: str) -> tuple[str, float]:
     """The format of most records, and their share; `UserError` where it is none, or where it is not clear."""
     sample = list(islice(values, DETECTED))
     found = [value for value in sample if isinstance(value, dict)]
+    if not sample:
+        raise readers.EmptyFileError(f"{path}: no records in it")
     if not found:
         why = next((value for value in sample if isinstance(value, Reject)), None)
         raise UserError(f"{path}: no records to be read here{f' ({why.detail})' if why else ''}; is it {kind}?")
@@ -141,6 +183,10 @@ def _detected(path: str, values: Iterator[Any], kind: str) -> tuple[str, float]:
     if others and others[0][0] and others[0][1] >= RIVAL * len(found):
         shares = ", ".join(f"{other} ({n / len(found):.0%})" for other, n in counts.most_common() if other)
         raise UserError(f"{path}: its records are of several formats: {shares}; pass --format, or split the file")
+    if doubts := doubt(name, found):
+        raise UserError(
+            f"{path}: {doubts}; pass --format {name} if that is right, else a --mapping that says what it means"
+        )
     if count < len(found):
         log.info("%s: %d of the first %d records look like %s", path, count, len(found), name)
     return name, count / len(found)
@@ -354,6 +400,7 @@ def _inspected(source: Source, policy: Policy) -> dict[str, Any]:
         "sampled": len(sample),
         "rejected": dict(rejected),
         "rejected_parts": dict(parts),
+        "unread": _unread(source, (raw.value for raw in sample[:DETECTED]), policy),
         "details": details,
         "rows": rows,
     }
@@ -373,6 +420,10 @@ def _print_inspection(facts: dict[str, Any]) -> None:
     ):
         told = ", ".join(f"{k} {v}" for k, v in counts.items()) or "none"
         print(f"  of the first {facts['sampled']} records, {name}: {told}")
+    for field, values in list(facts["unread"].items())[:UNREAD]:
+        print(f"  not read: {_printable(f'{field}: {values}')}")
+    if len(facts["unread"]) > UNREAD:
+        print(f"  not read: {len(facts['unread']) - UNREAD} more fields")
     for reason, detail in facts["details"].items():
         print(f"  {reason}: {_printable(detail)}")
     for row in facts["rows"]:

@@ -135,3 +135,72 @@ def test_a_key_that_is_there_twice_is_told(una_here, tmp_path):
     assert "record 3 holds the key 'chosen' twice in one object, with two values; the last is read" in err
     (tmp_path / "x.jsonl").write_text("\n".join(lines[:2]))
     assert "twice" not in una_here("inspect", tmp_path / "x.jsonl")[2]
+
+
+@pytest.mark.parametrize(
+    ("record", "field", "values", "format_name"),
+    [
+        ({"prompt": "p", "response 1": "a", "response 2": "b"}, "label", [1, 2], "auto_j"),
+        ({"instruction": "p", "output_1": "a", "output_2": "b"}, "preference", [0, 1], "alpaca_eval"),
+        ({"instruction": "p", "output_1": "a", "output_2": "b"}, "preference", ["-1", "1"], "alpaca_eval"),
+        ({"context": "p", "response1": "a", "response2": "b"}, "overall_preference", [1, 2], "helpsteer3"),
+        ({"prompt": "p", "response_1": "a", "response_2": "b"}, "preference_strength", [1, 3], "helpsteer2_preference"),
+        ({"question": "p", "answer_a": "a", "answer_b": "b"}, "overall_preference", [0, 1], "lfqa"),
+    ],
+)
+def test_labels_that_a_format_would_read_otherwise_are_asked_about(
+    una_here, tmp_path, record, field, values, format_name
+):
+    path = write_jsonl(tmp_path / "x.jsonl", [record | {field: value} for value in values])
+    code, _, err = una_here("inspect", path)
+    assert code == 1
+    assert f"{field} holds only {values[0]}, {values[1]}, which {format_name} would read as" in err
+    assert una_here("inspect", path, "--format", format_name)[0] == 0
+
+
+TURNS = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [TURNS[0], TURNS[1] | {"feedback": "down"}]},
+        {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "a", "rating": -1}]},
+        {"messages": TURNS, "meta": {"thumb": "down"}},
+        {"instruction": "p", "output": "a", "ok": False},
+        {"prompt": "p", "completion": "a", "edited_completion": "b"},
+    ],
+)
+def test_a_judged_response_is_no_demonstration(una_here, tmp_path, record):
+    code, _, err = una_here("inspect", write_jsonl(tmp_path / "x.jsonl", [record]))
+    assert code == 1
+    assert "no known format" in err
+
+
+def test_fields_that_are_not_read_are_told(una_here, tmp_path):
+    turns = [*TURNS, {"role": "user", "content": "q", "time": 5}, TURNS[1]]
+    record = {"messages": turns, "status": "kept", "meta": {"who": {"id": 1}}, "nothing": None}
+    path = write_jsonl(tmp_path / "x.jsonl", [record])
+    code, out, _ = una_here("inspect", path, "--json")
+    assert code == 0
+    unread = {"messages[].time": "5", "status": '"kept"', "meta": '{"who": {"id": 1}}'}
+    assert json.loads(out.splitlines()[-1])["files"][0]["unread"] == unread
+    assert 'not read: status: "kept"' in out
+    code, _, err = una_here("ingest", path, "--output", tmp_path / "out")
+    assert code == 0
+    assert "x.jsonl: not read: messages[].time, status, meta" in err
+
+
+def test_empty_files_among_others_are_told_and_left_out(una_here, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text(" \n")
+    (tmp_path / "in" / "b.json").write_text("[]")
+    code, _, err = una_here("ingest", tmp_path / "in", "--output", tmp_path / "out")
+    assert code == 1
+    assert "every file there is empty" in err
+    write_jsonl(tmp_path / "in" / "c.jsonl", [{"prompt": "p", "completion": "c", "label": True}])
+    code, _, err = una_here("ingest", tmp_path / "in", "--output", tmp_path / "out")
+    assert code == 0
+    assert "a.jsonl: the file is empty; it is left out" in err
+    assert "b.json: no records in it; it is left out" in err
+    assert una_here("ingest", tmp_path / "in" / "b.json", "--output", tmp_path / "other")[0] == 1

@@ -26,9 +26,9 @@ from pipelines.converters import (
     trl,
 )
 from pipelines.converters.base import Converter, LeftOut, Policy, Record
-from pipelines.converters.messages import SYSTEM
+from pipelines.converters.messages import NUMBER, SYSTEM
 
-__all__ = ["CONVERTERS", "Converter", "LeftOut", "Policy", "detect", "first_match", "nearest"]
+__all__ = ["CONVERTERS", "Converter", "LeftOut", "Policy", "detect", "doubt", "first_match", "nearest"]
 
 # The most specific shapes first: the first converter that matches a record names its format.
 _FAMILIES = (
@@ -87,6 +87,16 @@ def lacking(converter: Converter, keys: Iterable[str]) -> list[str]:
 def detect(records: Iterable[Record]) -> Counter[str]:
     """Name → number of records whose first matching converter it is; what matches none is counted under ''."""
     return Counter(first_match(record) for record in records)
+
+
+def doubt(name: str, records: Iterable[Record]) -> str:
+    """Why the labels of records that look like a format may be coded in another way than the format's; '' if not."""
+    field, tells = CONVERTERS[name].telling or ("", bool)
+    found = {float(text) for record in records if NUMBER.fullmatch(text := str(record.get(field)).strip())}
+    if len(found) < 2 or any(map(tells, found)):
+        return ""
+    values = ", ".join(f"{value:g}" for value in sorted(found)[:9])
+    return f"{field} holds only {values}, which {name} would read as {CONVERTERS[name].labels!r}"
 
 
 def nearest(record: Record, n: int = 3) -> list[str]:

@@ -117,6 +117,7 @@ class Converter:
     fields: Mapping[str, str]  # field of the record → what it becomes, for `una inspect`
     required: tuple[str | tuple[str, ...], ...]  # fields it cannot be without; a tuple: one of them, whatever `matches`
     labels: str = ""  # what the labels mean and their sign
+    telling: tuple[str, Callable[[float], bool]] | None = None  # a field, and numbers that labels coded otherwise lack
     texts: Texts | None = (
         None  # for such records, `convert` makes the rows of `schemas.feedback.text_rows`, only slower
     )

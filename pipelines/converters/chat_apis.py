@@ -177,7 +177,7 @@ CONVERTERS = [
     Converter(
         name="vertex",
         feedback="pairwise",
-        matches=lambda r: has(r, "contents", "completions") and not judged(r),
+        matches=lambda r: has(r, "contents", "completions") and not judged(r, "completions"),
         convert=_gemini,
         fields={
             "contents": "prompt",

@@ -368,6 +368,7 @@ CONVERTERS = [
             "is_response_0_safe, is_response_1_safe": "metadata; binary rewards if the objective is is_safe",
         },
         required=("prompt", "response_0", "response_1"),
+        telling=("better_response_id", lambda n: n == 0),
         labels="the id of the better response, 0 or 1; -1 is no label; objectives: helpful, safe, and apart is_safe",
     ),
     Converter(

@@ -371,6 +371,7 @@ CONVERTERS = [
         convert=_llmbar,
         fields={"input": "prompt", "output_1, output_2": _FIRST, "label": "reward: which output is better"},
         required=("input", "output_1", "output_2"),
+        telling=("label", lambda n: n == 2),
         labels="1: output_1 is better; 2: output_2 is better",
     ),
     Converter(
@@ -387,6 +388,7 @@ CONVERTERS = [
             "generator_1, generator_2, dataset": "metadata",
         },
         required=("instruction", "output_1", "output_2"),
+        telling=("preference", lambda n: n > 1),
         labels=f"from 1 (output_1 is better) to 2 (output_2 is better); 1.5, or 0 in older files: {_TIE}",
     ),
     Converter(
@@ -431,6 +433,7 @@ CONVERTERS = [
             "scenario": "metadata",
         },
         required=("prompt", "response 1", "response 2"),
+        telling=("label", lambda n: n == 0),
         labels=f"0: response 1 is better; 1: response 2 is better; 2: {_TIE}",
     ),
     Converter(
@@ -447,6 +450,7 @@ CONVERTERS = [
             "answer_a_type, answer_b_type": "metadata",
         },
         required=("question", "answer_a", "answer_b"),
+        telling=("overall_preference", lambda n: n < 0),
         labels=f"negative: answer_a is better; positive: answer_b is better; 0: {_TIE}",
     ),
     Converter(

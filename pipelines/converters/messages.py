@@ -22,21 +22,33 @@ _JUDGED = re.compile(
     r"|(.*_)?(score|rating|star)s?_.*|(.*_)?(satisfaction|usefulness|helpfulness|correctness|toxicity|severity|hallucinations?)"
     r"|(kto_tag|thumbs?_.*|confidence_.*|reactions?|passed|failed)"
     r"|(is_)?(good|bad|preferred|accepted|approved|correct|incorrect|wrong|useful|helpful|safe|unsafe|toxic|harmful"
-    r"|offensive|biased|hallucinated|chosen|ties?|tied|flipped|swapped|inverted)"
+    r"|offensive|biased|hallucinated|chosen|ties?|tied|flipped|swapped|inverted|ok|flagged|regenerated)"
+    r"|(edited|corrected|revised|improved)_(response|answer|completion|output|text|reply)"
     r"|.*(评分|打分|得分|评价|满意度|点赞|点踩|好评|評価|満足度|평가|점수|만족도|оценка|التقييم)"
     r"|(bewertung|zufriedenheit|puntuación|calificación|valoración|avaliação|évaluation|valutazione)(_.*)?",
     re.IGNORECASE,
 )
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 def judged(record: dict[str, Any], *but: str) -> bool:
-    """Whether a column other than `but` says, by its name, how good a response is."""
-    return any(_tells_judgement(key) for key in record if isinstance(key, str) and key not in but)
+    """Whether a column other than `but`, or a field right within one (as of a turn), says how good a response is."""
+    for key, value in record.items():
+        if key in but:
+            continue
+        if _tell_judgement((key,)) or (isinstance(value, dict) and _tell_judgement(tuple(value))):
+            return True
+        if isinstance(value, list) and any(_tell_judgement(tuple(one)) for one in value if isinstance(one, dict)):
+            return True
+    return False
 
 
 @lru_cache(maxsize=4096)  # the same few names in every record of a file
+def _tell_judgement(names: tuple[Any, ...]) -> bool:
+    return len(names) < 100 and any(_tells_judgement(name) for name in names if isinstance(name, str))
+
+
 def _tells_judgement(name: str) -> bool:
     """`Quality score (1-5)` and `qualityScore` are read as `Quality_score_1_5` and `quality_Score`."""
     words = re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)).strip("_")
@@ -126,7 +138,7 @@ def finite(value: Any, where: str) -> float:
         raise Reject("wrong_type", f"{where}: expected a number, got {show(value)}")
     if isinstance(value, str) and not value.strip():
         raise Reject("missing_field", f"{where} is empty")
-    if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
+    if isinstance(value, str) and not NUMBER.fullmatch(value.strip()):
         raise Reject("invalid_reward", f"{where}: {show(value)} is not a number")
     try:
         parsed = float(value)

@@ -233,6 +233,7 @@ CONVERTERS = [
             "split": "metadata",
         },
         required=("prompt", "response_1", "response_2", "preference_strength"),
+        telling=("preference_strength", lambda n: n < 0),
         labels=_STRENGTH,
     ),
     Converter(
@@ -248,6 +249,7 @@ CONVERTERS = [
             "domain, language, split": "metadata",
         },
         required=("context", "response1", "response2", "overall_preference"),
+        telling=("overall_preference", lambda n: n < 0),
         labels=_STRENGTH,
     ),
     Converter(

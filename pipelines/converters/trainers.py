@@ -410,7 +410,7 @@ CONVERTERS = [
     Converter(
         name="nemo_rl",
         feedback="pairwise, scalar",
-        matches=lambda r: has(r, "context", "completions") and not judged(r),
+        matches=lambda r: has(r, "context", "completions") and not judged(r, "completions"),
         convert=_nemo_rl,
         fields={
             "context": "prompt",

@@ -23,6 +23,7 @@ from schemas.errors import Reject, UserError
 __all__ = [
     "HEAD_BYTES",
     "KINDS",
+    "EmptyFileError",
     "Range",
     "Raw",
     "Texts",
@@ -54,6 +55,10 @@ _FOREIGN = {
     b"\xd0\xcf\x11\xe0": "an old .xls or a password-protected workbook; save it as .xlsx without a password",
     b"FEA1": "Feather version 1; write it with pyarrow.feather.write_feather of today",
 }
+
+
+class EmptyFileError(UserError):
+    """A file without records, which one of many may be."""
 
 
 def kind_of(path: str) -> str:
@@ -91,7 +96,7 @@ def _binary(path: str, kind: str, head: bytes) -> str:
 def _is_blank(path: str, head: bytes) -> bool:
     if head.removeprefix(codecs.BOM_UTF8).strip():
         return False
-    raise UserError(f"{path}: the file is empty")
+    raise EmptyFileError(f"{path}: the file is empty")
 
 
 def _text_kind(path: str, head: bytes) -> str:
