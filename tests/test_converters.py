@@ -7,6 +7,7 @@ tests/data/converters holds, for every format, records (`<format>.jsonl`) and th
 import gzip
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.converters import CONVERTERS, LeftOut, Policy, detect, first_match, lacking, nearest
+from pipelines.unread import unread
 from schemas import feedback
 from schemas.errors import REASONS, Reject, UsageError
 
@@ -111,6 +113,29 @@ def test_detected_as_its_own_format(name, i, record):
     assert detect([changed]) == {name: 1}
     if isinstance(_expected(name)[i], list):
         assert _rows(_in_its_file(name)(changed)) == _rows(_in_its_file(name)(record))
+
+
+@pytest.mark.parametrize("name", [name for name, converter in CONVERTERS.items() if not converter.of_file])
+def test_what_is_not_read_is_known_and_watching_changes_no_row(name):
+    made = []
+
+    def convert(record):
+        try:
+            made.append(_convert(name, record))
+        except Reject as error:
+            made.append((error.reason, error.detail))
+
+    records = _records(name)
+    found = unread([record | {"an extra column": "x"} for record in records], convert)
+    watched, made = made, []
+    for record in records:
+        convert(record | {"an extra column": "x"})
+    assert watched == made
+    looks_at_all = ("argilla_v1", "label_studio_min", "prodigy")
+    reads_none = ("fastchat_review", "wildbench_result", "pandalm_result")  # the texts are elsewhere
+    assert (".an extra column" in found) == (name not in looks_at_all + reads_none)
+    used = {field for fields in CONVERTERS[name].fields for field in re.findall(r"[\w ]+", fields)}
+    assert used.isdisjoint(path.removeprefix(".") for path in found)
 
 
 @pytest.mark.parametrize("name", CONVERTERS)
