@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -187,9 +188,27 @@ def _detected(path: str, values: Iterator[Any], kind: str) -> tuple[str, float]:
         raise UserError(
             f"{path}: {doubts}; pass --format {name} if that is right, else a --mapping that says what it means"
         )
+    if named := _named_texts(found):
+        first, second = named
+        raise UserError(
+            f"{path}: chosen and rejected hold {first[0]!r} and {second[0]!r}, which seem to name {first[1]} and "
+            f"{second[1]}; say so with a --mapping, or pass --format {name}"
+        )
     if count < len(found):
         log.info("%s: %d of the first %d records look like %s", path, count, len(found), name)
     return name, count / len(found)
+
+
+def _named_texts(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Two short texts, with the fields that they name, which stand for the responses in every record."""
+    said = {str(record.get(side)) for record in records for side in ("chosen", "rejected")}
+    if len(said) != 2 or max(map(len, said)) > 20:
+        return []
+    fields = [key for key in records[0] if isinstance(key, str) and key not in ("chosen", "rejected")]
+    named = [
+        (one, key) for one in sorted(said) for key in fields if re.fullmatch(rf"(?i)(.*[\W_])?{re.escape(one)}", key)
+    ]
+    return named if len(named) == 2 and {one for one, _ in named} == said else []
 
 
 def _named(value: Any, names: tuple[tuple[str, str], ...]) -> Any:

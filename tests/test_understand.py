@@ -158,6 +158,18 @@ def test_labels_that_a_format_would_read_otherwise_are_asked_about(
     assert una_here("inspect", path, "--format", format_name)[0] == 0
 
 
+def test_names_of_responses_are_not_taken_for_responses(una_here, tmp_path):
+    records = [
+        {"prompt": f"p{i}", "chosen": "AB"[i % 2], "rejected": "BA"[i % 2], "response_a": "x", "response_b": "y"}
+        for i in range(4)
+    ]
+    path = write_jsonl(tmp_path / "x.jsonl", records)
+    code, _, err = una_here("inspect", path)
+    assert code == 1
+    assert "chosen and rejected hold 'A' and 'B', which seem to name response_a and response_b" in err
+    assert una_here("inspect", path, "--format", "trl_preference")[0] == 0
+
+
 TURNS = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]
 
 
