@@ -227,7 +227,8 @@ def main(argv: list[str] | None = None) -> int:
     command.log_to_stderr()
     if own_process:
         processes.end_quickly()
-        processes.hide(*(processes.NOT_OURS if name in processes.LEAN else ()))
+        if name in processes.LEAN:
+            processes.hide(*processes.NOT_OURS)
     return command.run(lambda args: call(name, args), parse(name, argv[1:]), f"una {name}")
 
 

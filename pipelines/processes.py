@@ -36,7 +36,8 @@ class _Hidden:
 
 def hide(*packages: str) -> None:
     """Hide packages from the libraries of this process and of the workers that it starts."""
-    sys.meta_path.insert(0, _Hidden(packages))
+    if packages:
+        sys.meta_path.insert(0, _Hidden(packages))
 
 
 def end_quickly() -> None:
