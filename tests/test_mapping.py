@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import pickle
 import re
 import shutil
@@ -151,6 +152,7 @@ _ONE = [
     ("score: [1, 5]", None, "missing_label"),
     ("score: [1, 5], missing: [-1, N/A]", "n/a", "missing_label"),
     ("score: [1, 5], missing: [-1, N/A]", "-1.0", "missing_label"),
+    ("score: [1, 5], missing: nan", math.nan, "missing_label"),
     ("score: [0, 4], map: {yes: 4, no: 0, 7: 2}", "Yes", 1.0),
     ("score: [0, 4], map: {yes: 4, no: 0, 7: 2}", 7.0, 0.5),
     ("score: [0, 4], map: {yes: 4}", "maybe", "invalid_label"),
