@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import pickle
 import re
 import shutil
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from pipelines.converters.base import LeftOut, Policy
 from pipelines.converters.labels import annotator
 from pipelines.mapping import draft, joins, load, paths, shape
+from pipelines.mapping.leaning import leaning
 from schemas import feedback, settings_file
 from schemas.errors import REASONS, Reject, UsageError, UserError
 
@@ -151,6 +153,7 @@ _ONE = [
     ("score: [1, 5]", None, "missing_label"),
     ("score: [1, 5], missing: [-1, N/A]", "n/a", "missing_label"),
     ("score: [1, 5], missing: [-1, N/A]", "-1.0", "missing_label"),
+    ("score: [1, 5], missing: nan", math.nan, "missing_label"),
     ("score: [0, 4], map: {yes: 4, no: 0, 7: 2}", "Yes", 1.0),
     ("score: [0, 4], map: {yes: 4, no: 0, 7: 2}", 7.0, 0.5),
     ("score: [0, 4], map: {yes: 4}", "maybe", "invalid_label"),
@@ -747,7 +750,7 @@ def test_any_record_becomes_rows_or_is_rejected(fuzzed, data):
 
 _NAMES = (
     "prompt|response|answer_a|answer_b|label|rating|chosen|rejected|messages|system|user_id|a.b|q?|yes|'|id|winner"
-    "|score_1|score_2|x: y|- a|#"
+    "|score_1|score_2|x: y|- a|#|flagged|a_is_better|rank_1|rank_2|model_a|model_b"
 )
 _names = st.sampled_from(_NAMES.split("|"))
 
@@ -828,7 +831,125 @@ DRAFTS = [
     ([{"prompt": "q", "responses": ["a", "b"], "chosen": n} for n in (0, 1)], (1.0, 0.0)),
     ([{"prompt": "q", "candidates": ["a", "b", "c"], "ranking": r} for r in ([2, 1, 3], [1, 3, 2])], (1.0, 1.0)),
     ([{"prompt": "q", "candidates": ["a", "b"], "scores": r} for r in ([2, 5], [4, 1])], (0.25, 0.75)),
+    ([{"prompt": "q", "candidates": ["a", "b"], "scores": r} for r in ([1, 2], [2, 1])], (0.0, 0.25)),
+    ([{"prompt": "q", "candidates": ["a", "b"], "toxicity_scores": r} for r in ([0.25, 1], [0.75, 0])], (0.75, 0.25)),
+    # what may be a label, in any words, is none of a demonstration's business
+    ([{"prompt": "q", "response": "a", "note": w} for w in ("sehr gut", "befriedigend", "ungenügend")],
+     ("invalid_label",) * 3),
+    ([{"prompt": "q", "response": "a", "avis": w} for w in ("utile", "pas utile", "utile")], ("invalid_label",) * 3),
+    ([{"prompt": "q", "response": "a", "opinia": w} for w in ("dobra", "zła") * 20], ("invalid_label",) * 40),
+    ([{"avis": w, "q": f"Who is {w}?", "a": f"A long {w}"} for w in ("pas utile", "utile", "utile")],
+     ("invalid_label",) * 3),
+    ([{"prompt": "q", "response": "a", "status": "rejected"}] * 2, ("invalid_label",) * 2),
+    ([{"prompt": "q", "response": "a", "feedback": f"I do not like point {i} of it"} for i in range(20)],
+     ("invalid_label",) * 20),
+    ([{"prompt": "q", "response": "a", "Sprache": w} for w in ("de", "en", "de")], (1.0, 1.0, 1.0)),
+    ([{"prompt": "q", "response": "a", "topic": w, "split": "train"} for w in ("history", "law", "law")],
+     (1.0, 1.0, 1.0)),
+    # a yes means what its name says
+    ([{"prompt": "q", "response": "a", "thumbs_down": w} for w in (True, False)], (0.0, 1.0)),
+    ([{"prompt": "q", "response": "a", "not_helpful": w} for w in ("yes", "no")], (0.0, 1.0)),
+    ([{"prompt": "q", "response": "a", "no_errors": w} for w in (True, False)], (1.0, 0.0)),
+    ([{"prompt": "q", "response": "a", "toxicity": w} for w in ("safe", "unsafe")], (1.0, 0.0)),
+    ([{"prompt": "q", "response": "a", "toxicity_rating": w} for w in ("25%", "100%")], (0.75, 0.0)),
+    ([{"prompt": "q", "response": "a", "is_unsafe": w} for w in (1, "safe", "unsafe")], ("invalid_label",) * 3),
+    ([{"prompt": "q", "response": "a", "regenerated": w} for w in (True, False)], ("invalid_label",) * 2),
+    ([{"prompt": "q", "response": "a", "copied": w, "grade": g} for w, g in ((True, "bad"), (False, "good"))],
+     (0.0, 1.0)),
+    ([{"prompt": "q", "response": "a", "rank": n} for n in (1, 5)], (1.0, 0.0)),
+    ([{"prompt": "q", "response": "a", "rating": n} for n in (5, math.nan, 3, 1)], (1.0, "missing_label", 0.5, 0.0)),
+    # two responses
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "a_wins": n, "b_wins": 1 - n} for n in (0, 1)], (0.0, 1.0)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "a_loses": n, "b_loses": not n} for n in (True, False)],
+     (0.0, 1.0)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "won_a": a, "won_b": b, "won_tie": t}
+      for a, b, t in ((1, 0, 0), (0, 0, 1), (0, 1, 0))], (1.0, "tie", 0.0)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "correct_a": x, "correct_b": y}
+      for x, y in ((True, True), (False, True), (True, False))], ("tie", 0.0, 1.0)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "rank_a": n, "rank_b": 3 - n} for n in (1, 2)], (1.0, 0.0)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "errors_a": n, "errors_b": 2} for n in (0, 5)], (1.0, 0.0)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "tokens_a": n, "tokens_b": 2} for n in (1, 2)],
+     ("missing_label",) * 2),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "score_a": 1, "score_b": n, "verdict": w}
+      for n, w in ((2, "A"), (0, "B"))], (1.0, 0.0)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "winner": w, "model_a": x, "model_b": y}
+      for w, x, y in (("gpt-4", "gpt-4", "claude"), ("gpt-4", "claude", "gpt-4"), ("tie", "gpt-4", "claude"))],
+     (1.0, 0.0, "tie")),
+    ([{"prompt": "q", "answer_1": "a", "answer_2": "b", "loser": w, "model_1": "x9", "model_2": "y9"}
+      for w in ("x9", "y9")], (0.0, 1.0)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "a_is_better": w} for w in (True, False)], (1.0, 0.0)),
+    ([{"prompt": "q", "answer_1": "a", "answer_2": "b", "2 is worse": w} for w in ("yes", "no")], (1.0, 0.0)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "p_a_better": n} for n in (0, 0.5, 1)], (0.0, "tie", 1.0)),
+    ([{"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": n} for n in (0, 1)], (1.0, 0.0)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "verdict": w}
+      for w in ("A>>B", "[[A>B]]", "A=B", "B > A", "A<<B")], (1.0, 1.0, "tie", 0.0, 0.0)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "verdict": w} for w in ("A is worse", "B is worse")],
+     (0.0, 1.0)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "verdict": w} for w in ("A is better", "B is worse")],
+     ("invalid_label",) * 2),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "worse_one": "A"}], ("invalid_label",)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "chosen": w} for w in "ab"], (1.0, 0.0)),
+    # what is said of turns
+    ([{"turns": [{"role": "user", "text": "q"}, {"role": "assistant", "text": "a", "feedback": w}]}
+      for w in ("up", "down")], (1.0, 0.0)),
+    ([{"messages": [*_TURNS, _TURNS[0], {**_TURNS[1], "rating": n}]} for n in (5, 1)], (1.0, 0.0)),
+    ([{"messages": [_TURNS[0], {**_TURNS[1], "feedback": {"thumb": "up"}}, *_TURNS]}], ("missing_label",)),
+    ([{"messages": [_TURNS[0], {**_TURNS[1], "avis": w}]} for w in ("bof", "top")], ("invalid_label",) * 2),
+    ([{"exchanges": [{"user": "hi", "bot": "hello", "thumbs": n}, {"user": "bye", "bot": "go", "thumbs": -n}]}
+      for n in (1, -1)], (1.0, 0.0)),
 ]  # fmt: skip
+
+
+def test_a_draft_takes_the_prompt_of_an_exchange_from_it(mapping):
+    exchanges = [{"user": "hi", "bot": "hello", "thumbs": 1}, {"user": "bye", "bot": "go", "thumbs": -1}]
+    text = draft([{"title": "A chat", "exchanges": exchanges}], "sessions.jsonl")
+    made = _outcome(mapping(text), {"exchanges": exchanges})
+    assert [(prompt, response) for prompt, response, _ in made] == [(["user: hi"], "hello"), (["user: bye"], "go")]
+    assert "# check: what stands before an item of exchanges is no part of its prompt" in text
+    answers = [{"user": "bob", "text": "an answer", "score": 2}, {"user": "eve", "text": "another", "score": 1}]
+    assert "prompt: question\n" in draft([{"question": "What is it?", "answers": answers}], "forum.jsonl")
+
+
+def test_a_draft_says_whose_turns_are_not_read():
+    turns = [_TURNS[0], {**_TURNS[1], "rating": 1}, _TURNS[0], {**_TURNS[1], "rating": 5}]
+    assert "# check: only what is said of the last turn of messages is read" in draft([{"messages": turns}], "f")
+    assert "# check: turns are judged too" in draft([{"messages": turns, "label": w} for w in (True, False)], "f")
+
+
+_UNCERTAIN = "is_spam flagged reported jailbroken needs_fix unhelpful poor label retry refused copied"
+_CERTAIN = "helpful is_correct thumbs_up no_errors approved útil"
+
+
+@pytest.mark.parametrize("name", _UNCERTAIN.split())
+def test_a_yes_whose_meaning_is_not_certain_is_to_be_checked(name):
+    text = draft([{"prompt": "q", "response": "a", name: value} for value in (True, False)], "f")
+    assert re.search(r"^  (thumbs|order): .*  # check: ", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", _CERTAIN.split())
+def test_a_yes_whose_meaning_is_certain_is_not(name):
+    text = draft([{"prompt": "q", "response": "a", name: value} for value in (True, False)], "f")
+    assert '  thumbs: {good: ["true"], bad: ["false"]}\n' in text
+
+
+def test_a_draft_of_one_value_names_no_odd_opposite():
+    text = draft([{"prompt": "q", "response": "a", "accepted": False}], "f")
+    assert '  thumbs: {good: [good], bad: ["false"]}  # check: one value was seen' in text
+
+
+_LEANING = {
+    1: "helpful isGood Approved no_errors not_toxic error_free harmless unbiased nontoxic thumbs_up not_bad"
+    " without_mistakes fehlerfrei ¿Útil? полезно 有用 是否满意",
+    -1: "thumbs_down thumbsDown unhelpful not_helpful inaccurate irrelevant dissatisfied has_error reported_by_user"
+    " factual_error policy_violation Denkfehler nicht_hilfreich pas_utile inutile неверно 不满意 false_negative",
+    0: "label quality reported_quality copied retry thumbs_up_down good_or_bad issue_resolved badge corrected download"
+    " closing pharmacy window likelihood",
+}
+
+
+@pytest.mark.parametrize(("sign", "name"), [(sign, name) for sign, names in _LEANING.items() for name in names.split()])
+def test_names_lean_to_good_or_bad(sign, name):
+    assert leaning(name) == sign
 
 
 def test_a_draft_says_what_it_does_not_read():

@@ -65,7 +65,7 @@ def is_missing(value: Any, sentinels: Iterable[Any] = ()) -> bool:
     """Whether a label is null, blank, or one of the values that stand for none; numbers also match as text."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return True
-    return any(value == s or (isinstance(value, str) and value.strip() == str(s)) for s in sentinels)
+    return any(value is s or value == s or (isinstance(value, str) and value.strip() == str(s)) for s in sentinels)
 
 
 def yes(value: Any, where: str) -> float | None:

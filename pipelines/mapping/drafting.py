@@ -5,20 +5,25 @@ cannot be seen in a file: which end of a scale is good, or which side "1" means.
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from pipelines.converters.messages import SYSTEM, judged
 from pipelines.mapping import paths
+from pipelines.mapping.leaning import leaning, snake
 
 Column = list[Any]  # the values of a field that are there
 
 _SAMPLE = 1_000
 _DEPTH = 3  # how deep fields are looked for within a field
 _FEW = 12  # a label has no more distinct values than this
+_SHORT = 40  # characters of a label in words
 _SIDES = [("a", "b"), ("1", "2"), ("0", "1"), ("left", "right"), ("first", "second"), ("one", "two"), ("x", "y")]
+_SIDE_WORDS = {word for sides in _SIDES for word in sides}
 # Further words for the first and the second side, as starts of words; those of scripts without spaces stand anywhere.
 _FIRST = r"\b(erst|links|prim|izquierd|gauche|premi|esquerd|sinistr|перв|лев|الأول)|左|前者|第一|甲"
 _SECOND = r"\b(zweit|rechts|segund|derech|droit|deuxi|second|direit|destr|втор|прав|الثان)|右|后者|後者|第二|乙"
@@ -33,8 +38,8 @@ _RESPONSE = (
 _CHOSEN = r"chosen|preferred|better|accepted|winning|good_response"
 _REJECTED = r"rejected|dispreferred|worse|losing|bad_response"
 _LABEL = (
-    r"label|score|rating|rate|stars?|preference|preferred|winner|choice|vote|verdict|feedback|thumbs?|reward|grade|quality"
-    r"|rank|like|liked|good|correct|acceptable|helpful|which|better|best|prefer|overall|opinion|evaluation"
+    r"label|kto_tag|score|rating|rate|stars?|preference|preferred|winner|choice|vote|verdict|feedback|thumbs?|reward"
+    r"|grade|quality|rank|like|liked|good|correct|acceptable|helpful|which|better|best|prefer|overall|opinion|evaluation"
     r"|bewertung|gewinner|besser|ganador|preferencia|puntuación|calificación|valoración|vencedor|avaliação|gagnant"
     r"|préférence|vincitore|valutazione|оценка|评分|得分|评价|偏好|評価|평가|(ال)?تقييم"
     r"|approved|passed|useful|usefulness|satisfaction|reaction|sentiment|accepted|zufriedenheit|hilfreich|bevorzugt|útil"
@@ -47,20 +52,17 @@ _GOOD = "good|up|thumbs[ _]?up|👍|yes|true|liked?|positive|correct|accept(ed)?
 _GOOD += (
     "|approved|pass(ed)?|helpful|useful|safe|satisfied|sim|bueno|bon|満足|良い|満意|满意|好评|有用|좋아요|хорошо|جيد"
 )
-_GOOD += "|❤|😀|😃|🙂|😊|✅|✔|💯"
+_GOOD += "|y|❤|😀|😃|🙂|😊|✅|✔|💯"
 _BAD = "bad|down|thumbs[ _]?down|👎|no|false|disliked?|negative|wrong|incorrect|reject(ed)?|0|-1|nein|non"
 _BAD += "|schlecht|坏|否|错|踩|нет|لا|fail(ed)?|(un|not[ _])helpful|useless|unsafe|(un|dis)satisfied|não|malo|mauvais"
-_BAD += "|不満|悪い|不满意|差评|没用|싫어요|плохо|سيئ|💔|😞|🙁|☹|😠|😡|❌|✖|✗|✘"
-# A label of such a name is higher, or yes, where the response is worse.
-_WORSE = re.compile(
-    r"wors[et]|bad(?!ge)|dislik|downvot|toxic|harm(?!less)|unsafe|hallucinat|error|mistake|severity|violat|offensive|(?<!un)bias|risk"
-    r"|problem|issue|complain|fail|incorrect|wrong|reject|loser|losing|fehler|schlecht|peor|pire|худш|更差|错误|有害|毒性",
-    re.IGNORECASE,
-)
+_BAD += "|n|不満|悪い|不满意|差评|没用|싫어요|плохо|سيئ|💔|😞|🙁|☹|😠|😡|❌|✖|✗|✘"
+# A label of such values means what its name says: a yes may be good or bad.
+_YES_NO = r"yes|no|true|false|1|0|-1|y|n|ja|nein|oui|non|s[ií]|sim|não|да|нет|是|否|نعم|لا"
+_RANK = "rank(ed|ing)?|rang|platz|place|puesto|order|ранг|место|排名|名次|順位"  # the first is the best
 # What counts or measures something else than quality.
 _MEASURES = (
     r"tokens?|length|counts?|time|timestamp|date|latency|duration|cost|price|temperature|top_p|seed|turns?|year|age|index"
-    r"|position|page|row|line|number|num|n|no|version|split|size"
+    r"|position|page|row|line|number|num|n|no|version|split|size|weight"
 )
 _ORDERS = [  # words from the worst to the best; one of a group
     "terrible|awful very.poor|very.bad poor|bad fair|mediocre ok|okay|average|neutral good very.good|great excellent"
@@ -80,6 +82,14 @@ _LIKERT = [  # of these, what was not seen between others is known all the same
     "非常不满意 不满意 一般 满意 非常满意",
     "非常に不満 不満 普通 満足 非常に満足",
 ]
+# What tells responses apart and does not judge them, though a few short words say it.
+_CATEGORY = (
+    r"id|uuid|model|language|lang|locale|country|region|category|domain|topic|subject|theme|type|kind|source|dataset"
+    r"|corpus|split|subset|fold|version|date|day|month|year|time|timestamp|title|name|author|user|role|platform|device"
+    r"|channel|format|license|task|intent|skill|difficulty|persona|gender|annotator|worker|rater|labell?er|reviewer"
+    r"|sprache|langue|idioma|lingua|язык|语言|言語|언어|modell|modelo|modèle|modello|модель|模型|kategorie|catégorie"
+    r"|categor[ií]a|категория|类别|分类|quelle|fuente|fonte|источник|来源|datum|fecha|data|дата|日期|thema|sujet|tema|тема"
+)
 _ABOUT = "judg(e)?ments?|critique|rationale|explanation|comments?|reason(ing)?|review|notes?|id|uuid|language|category"
 _ID = re.compile(
     r"(^|[^a-z])(ids?|uuid|hash|sha256|is)(?![a-z])|^[a-z]{1,2}ids?$|(^|[^a-z])models?([ _-]?(name|[a-z]|[0-9]+))?$",
@@ -94,7 +104,8 @@ _ROLES = {"human": "user", "user": "user", "client": "user", "customer": "user",
           "agent": "assistant", "system": "system", "tool": "tool"}  # fmt: skip
 _MARKERS = [("\n\nHuman:", "\n\nAssistant:"), ("\nUser:", "\nAssistant:"), ("\nHuman:", "\nAI:"), ("\nQ:", "\nA:")]
 _TIE = re.compile(
-    r"tie|draw|equal|same|both|neither|none|a=b|empate|unentschieden|gleich|égalité|pareggio|ничья|平局|平手|相同|تعادل",
+    r"\w ?[=≈~]+ ?\w|tie|draw|equal|same|both|neither|none"
+    r"|empate|unentschieden|gleich|égalité|pareggio|ничья|平局|平手|相同|تعادل",
     re.IGNORECASE,
 )
 _MISSING = re.compile(r"#?n/?a[!?]?|#[A-Z]+[/0]*[!?]|nan|null|none|error|unknown|skip(ped)?|-", re.IGNORECASE)
@@ -231,14 +242,10 @@ def _named(columns: dict[str, Column], pattern: str, used: list[str]) -> list[st
     Whole names first, then those that end in the word: a `user_prompt` is a prompt, and a `prompt_type` is not.
     """
     parts = rf"(^|[^a-z])({pattern})s?(?![a-z])"
-    found = {n: [m.end() for m in re.finditer(parts, _words(n), re.IGNORECASE)] for n in columns if n not in used}
+    found = {n: [m.end() for m in re.finditer(parts, snake(n), re.IGNORECASE)] for n in columns if n not in used}
     whole = [n for n in found if re.fullmatch(f"({pattern})s?", n, re.IGNORECASE)]
     others = [n for n, ends in found.items() if ends and n not in whole]
-    return whole + sorted(others, key=lambda n: len(_words(n)) not in found[n])
-
-
-def _words(name: str) -> str:
-    return re.sub(r"(?<=[^\W_A-Z0-9])(?=[A-Z0-9])", "_", name)
+    return whole + sorted(others, key=lambda n: len(snake(n)) not in found[n])
 
 
 def _texts(columns: dict[str, Column], names: list[str]) -> list[str]:
@@ -269,18 +276,38 @@ def _longest(columns: dict[str, Column], used: list[str]) -> list[str]:
     return sorted(texts, key=lambda n: -sum(len(v) for v in columns[n] if isinstance(v, str)) / len(columns[n]))
 
 
+def _in_order(columns: dict[str, Column], used: list[str], needed: int) -> list[str]:
+    """The fields of prose as they stand, but what may be labels last where as many others as needed are left."""
+    prose = [n for n in columns if n in _longest(columns, used)]
+    sure = [n for n in prose if not _come_again(columns[n])]
+    return sure + [n for n in prose if n not in sure] if len(sure) >= needed else prose
+
+
 def _sides(columns: dict[str, Column], used: list[str]) -> tuple[str, str] | None:
     """Two text fields whose names differ in a side only, such as answer_a and answer_b."""
     texts = [n for n in _spoken(columns, [n for n in columns if n not in used]) if _can_be_side(n, columns)]
-    split = {n: re.split(r"([^A-Za-z0-9]+|(?<=[a-z])(?=[A-Z0-9]))", n) for n in texts}
     ranked = sorted(texts, key=lambda n: n not in _named(columns, _RESPONSE, used))
-    for one in ranked:
-        for other in texts:
-            differing = [(a, b) for a, b in zip(split[one], split[other], strict=False) if a != b]
-            same_length = len(split[one]) == len(split[other])
-            if same_length and len(differing) == 1 and tuple(map(str.lower, differing[0])) in _SIDES:
-                return one, other
-    return None
+    return next(_paired(ranked, texts), None)
+
+
+def _paired(names: list[str], others: list[str]) -> Iterator[tuple[str, str]]:
+    """The pairs of one of `names` and one of `others` that differ in a side only."""
+    for one in names:
+        yield from ((one, other) for other in others if _differ(one, other))
+
+
+def _differ(one: str, other: str) -> tuple[str, str] | None:
+    """The sides in which two names differ, if they differ in nothing else."""
+    parts, others = _parts(one), _parts(other)
+    differing = [(a, b) for a, b in zip(parts, others, strict=False) if a != b]
+    sides = differing[0] if len(parts) == len(others) and len(differing) == 1 else ("", "")
+    side, opposite = map(str.lower, sides)
+    return (side, opposite) if (side, opposite) in _SIDES else None
+
+
+@lru_cache(maxsize=4096)  # every name of a file is compared with every other
+def _parts(name: str) -> list[str]:
+    return re.split(r"([^A-Za-z0-9]+|(?<=[a-z])(?=[A-Z0-9]))", name)
 
 
 def _can_be_side(name: str, columns: dict[str, Column]) -> bool:
@@ -307,7 +334,7 @@ def _conversation(columns: dict[str, Column], used: list[str]) -> list[str]:
     if sides := _sides(columns, used):
         used += sides
         lines = [f"first: {_said(sides[0], columns)}", f"second: {_said(sides[1], columns)}"]
-        return _prompt(columns, used, *sides) + lines + _label_of_two(columns, used)
+        return _prompt(columns, used, *sides) + lines + _label_of_two(columns, used, _differ(*sides) or _SIDES[0])
     return _list_of_texts(columns, used) or _single(columns, used)
 
 
@@ -320,10 +347,10 @@ def _list_of_texts(columns: dict[str, Column], used: list[str]) -> list[str]:
         used += [name, *numbers[:1]]
         if numbers:
             asked = [*_prompt(columns, used, name), f"responses: {_yaml(name)}"]
-            return [*asked, *_where(numbers[0]), *_of_several(lists[numbers[0]])]
+            return [*asked, *_where(numbers[0]), *_of_several(numbers[0], lists[numbers[0]])]
         if all(len(v) == 2 for v in lists[name]):
             sides = [f"first: {_yaml(f'{name}[0]')}", f"second: {_yaml(f'{name}[1]')}"]
-            return [*_prompt(columns, used, name), *sides, *_label_of_two(columns, used)]
+            return [*_prompt(columns, used, name), *sides, *_label_of_two(columns, used, ("0", "1"))]
         used.remove(name)
     return []
 
@@ -333,12 +360,13 @@ def _fit(texts: Column, lists: Column) -> bool:
     return [*map(len, texts)] == [*map(len, lists)] and all(_number(n) is not None for v in lists for n in v)
 
 
-def _of_several(lists: Column) -> list[str]:
-    """Ranks, where every list counts from 0 or 1; else scores."""
-    for best in (0, 1):
+def _of_several(name: str, lists: Column) -> list[str]:
+    """Ranks, where every list counts from 0 or 1 and the name allows it; else scores."""
+    is_rank, is_score = (_named({name: []}, pattern, []) for pattern in (_RANK, _LABEL))
+    for best in (0, 1) if is_rank or not is_score else ():
         if all(sorted(map(float, v)) == [*range(best, len(v) + best)] for v in lists):
             return [f"  rank: {best}  # check: the best has this rank, not the worst"]
-    return _scale([float(n) for v in lists for n in v], [])
+    return _scale(name, [float(n) for v in lists for n in v], [])
 
 
 def _said(name: str, columns: dict[str, Column]) -> str:
@@ -384,7 +412,7 @@ def _prompt(columns: dict[str, Column], used: list[str], *responses: str) -> lis
     named = [n for n in _spoken(columns, _named(columns, _PROMPT, used)) if _can_be_prompt(n, columns)]
     if not named and all(_is_whole(name, columns) for name in responses):
         return []
-    names = named or [n for n in columns if n in _longest(columns, used)]
+    names = named or _in_order(columns, used, 1)
     if not names:
         return ["prompt: prompt  # no prompt was found: name its field, or join the file that has it"]
     used.append(names[0])
@@ -407,25 +435,29 @@ def _items(columns: dict[str, Column], used: list[str]) -> list[str]:
         objects = [o for v in columns[name] if isinstance(v, list) for o in v if isinstance(o, dict)]
         inner = {} if any(map(_is_message, objects)) else _columns([{"item": o} for o in objects], [])
         said = [n for n in _texts(inner, _named(inner, _RESPONSE, [])) if _can_be_prompt(n, inner)][:1]
-        if not said or not (label := _label(inner, said)):
+        asked = [n for n in _texts(inner, [*inner]) if re.fullmatch(rf"item\.({_PROMPT})s?", n, re.IGNORECASE)]
+        asked = [n for n in asked if n not in said and _can_be_prompt(n, inner)][:1]
+        if asked == ["item.user"] and _named(columns, _PROMPT, []):  # who wrote an answer to the record's prompt
+            asked = []
+        if not said or not (label := _label_of_response(inner, [*said, *asked])):
             continue
-        used.append(name)
-        asked = _prompt({**columns, said[0]: inner[said[0]]}, used, said[0])
-        judged_so = _label_of_one(label, inner[label])
-        return [f"each: {_yaml(name)}", *asked, f"response: {_yaml(said[0])}", *judged_so]
+        used += [name, *said]
+        prompt = _prompt({n: inner[n] for n in asked + said} if asked else columns | inner, used, said[0])
+        if any(n in inner for n in used if n not in said):
+            prompt.append(f"# check: what stands before an item of {_comment(name)} is no part of its prompt")
+        return [f"each: {_yaml(name)}", *prompt, f"response: {_yaml(said[0])}", *label]
     return []
 
 
 def _single(columns: dict[str, Column], used: list[str]) -> list[str]:
-    """One response, with a label if there is one; without, it is a demonstration."""
+    """One response, with a label if there is one; a demonstration where nothing can be one."""
     whole = [n for n in columns if n not in used and _is_whole(n, columns)]
     named = whole or [n for n in _spoken(columns, _named(columns, _RESPONSE, used)) if _can_be_prompt(n, columns)]
-    prompts = [n for n in _spoken(columns, _named(columns, _PROMPT, used)) if _can_be_prompt(n, columns)]
-    prose = [n for n in columns if n in _longest(columns, used)]
-    names = named or ([n for n in _longest(columns, used) if n not in prompts[:1]] if prompts else prose[1:]) or []
-    if not names and (items := _items(columns, used)):
+    if not named and (items := _items(columns, used)):
         return items
-    names = names or ["response"]
+    prompts = [n for n in _spoken(columns, _named(columns, _PROMPT, used)) if _can_be_prompt(n, columns)]
+    prose = [n for n in _longest(columns, used) if n not in prompts[:1]] if prompts else _in_order(columns, used, 2)[1:]
+    names = named or sorted(prose, key=lambda n: _come_again(columns[n])) or ["response"]
     used.append(names[0])
     guess = "" if named else "  # a guess: check it"
     if names[0] not in columns:
@@ -433,19 +465,36 @@ def _single(columns: dict[str, Column], used: list[str]) -> list[str]:
     found = names[0] in columns
     said = _said(names[0], columns) if found else names[0]
     asked = _prompt(columns if found else columns | {"response": []}, used, names[0])
+    of_turns = _turns(names[0], columns)
+    if label := _label_of_response(columns, used):
+        unread = ["# check: turns are judged too, which is not read"] if _label(of_turns, []) else []
+        return [*asked, f"response: {said}{guess}", *label, *unread]
+    if label := _label_of_response(of_turns, []):
+        told = [f"# check: only what is said of the last turn of {_comment(names[0])} is read, not of those before it"]
+        return [*asked, f"response: {said}{guess}", *label, *told]
+    return [
+        *asked,
+        f"demonstration: {said}{guess}",
+        "# check: no label was found, so every response is an example to follow, with reward 1. With one: response"
+        " instead, and label.",
+    ]
+
+
+def _label_of_response(columns: dict[str, Column], used: list[str]) -> list[str]:
+    """The lines of the label of one response; none where no field can be one."""
     if raters := _raters(columns, used):
-        return [*asked, f"response: {said}{guess}", *_label_of_one(raters, _all_of(columns, raters))]
-    label = _label(columns, used)
-    if not label and (likely := _may_judge(columns, used)):
-        return [*asked, f"response: {said}{guess}", *_unknown(likely, columns, used)]
-    if not label:
-        return [
-            *asked,
-            f"demonstration: {said}{guess}",
-            "# No label was found, so every response is an example to follow. With one: response instead, and label.",
-        ]
-    used.append(label)
-    return [*asked, f"response: {said}{guess}", *_label_of_one(label, columns[label])]
+        return _label_of_one(raters, _all_of(columns, raters))
+    if label := _label(columns, used):
+        used.append(label)
+        return _label_of_one(label, columns[label])
+    return _unknown(likely, columns, used) if (likely := _may_judge(columns, used)) else []
+
+
+def _turns(name: str, columns: dict[str, Column]) -> dict[str, Column]:
+    """What is said of the turns of conversations beside role and text, as fields of the last turn."""
+    lists = [v for v in columns.get(name, []) if isinstance(v, list)]
+    inner = _columns(_messages_in(lists), [])
+    return {f"{name}[-1].{path}": v for path, v in inner.items() if path not in (*_ROLE_KEYS, *_CONTENT_KEYS)}
 
 
 def _unknown(names: list[str], columns: dict[str, Column], used: list[str]) -> list[str]:
@@ -453,7 +502,8 @@ def _unknown(names: list[str], columns: dict[str, Column], used: list[str]) -> l
     used.append(names[0])
     return [
         *_where(names[0]),
-        "  order: [worst, best]  # is this the label? Say what it means (docs/mapping.md); until then all are rejected",
+        "  order: [worst, best]"
+        "  # check: is this the label? Say what it means: docs/mapping.md. Until then all are rejected",
         f"  # seen: {_all_seen(columns[names[0]])}",
     ]
 
@@ -480,39 +530,97 @@ def _where(label: str | list[str]) -> list[str]:
     return ["label:", f"  {place}"]
 
 
-def _label(columns: dict[str, Column], used: list[str], sides: bool = False) -> str | None:
-    """The field with a label, by its name or else by its values: of two `sides`, or of good and bad."""
-    plain = [n for n, values in columns.items() if not any(isinstance(v, list | dict) for v in values)]
-    named = [n for n in _named(columns, _LABEL, used) if n in plain and not re.search(_KEY, n)]
-    fitting = [n for n in named if _numbers(columns[n]) or len(_distinct(columns[n])) <= _FEW]
-    telling = _tells_side if sides else _tells_quality
-    others = [n for n in plain if n not in used and not re.search(_KEY, n) and telling(columns[n])]
-    return next(iter(fitting + others), None)
+def _label(columns: dict[str, Column], used: list[str]) -> str | None:
+    """The field with the label of a response, by its name or else by its values."""
+    plain = [n for n, values in columns.items() if n not in used and not any(map(_is_nested, values))]
+    plain = [n for n in plain if not re.search(_KEY, n)]
+    named = [n for n in _named(columns, _LABEL, used) if n in plain and _has_few(columns[n])]
+    telling = [n for n in plain if _tells_quality(n, columns[n])]
+    return next(iter(named + sorted(telling, key=lambda n: _says_yes(columns[n]))), None)
 
 
-def _tells_quality(values: Column) -> bool:
-    """Whether the values are words for good and bad, stars, or words of a known order; numbers can be anything."""
+def _verdicts(columns: dict[str, Column], used: list[str], sides: tuple[str, str]) -> tuple[list[str], list[str]]:
+    """The fields that tell the better of two, by name and values, and those that may, by either.
+
+    What each response has its own of tells no winner, and a number only one that the responses are called by.
+    """
+    plain = [n for n, values in columns.items() if n not in used and not any(map(_is_nested, values))]
+    plain = [n for n in plain if not any(_differ(n, other) or _differ(other, n) for other in columns)]
+    named = [n for n in _named(columns, _LABEL, used) if n in plain]
+    words = [n for n in named if not _numbers(columns[n]) or {*_distinct(columns[n])} == {*sides}]
+    sure = [n for n in words if _tells_side(columns[n])]
+    plain = [n for n in plain if not re.search(_KEY, n)]
+    about = [n for n in plain if leaning(n) and _side_of(n, sides) is not None and _says_yes(columns[n])]
+    maybe = [n for n in named if n in plain and _has_few(columns[n])]
+    return sure, maybe + [n for n in plain if n in about or _tells_side(columns[n])]
+
+
+def _has_few(values: Column) -> bool:
+    return bool(_numbers(values)) or len(_distinct(values)) <= _FEW
+
+
+def _tells_quality(name: str, values: Column) -> bool:
+    """Whether the values are words for good and bad, stars, or words of a known order; numbers can be anything.
+
+    A yes or no tells it where the name says of what.
+    """
     distinct = [v for v in _distinct(values) if not _MISSING.fullmatch(v)]
     if _numbers(values) or len(distinct) < 2:
         return False
+    if _says_yes(values):
+        return leaning(name) != 0
     graded = bool(_ordered(distinct)) or all(_share(v) is not None for v in distinct)
     return graded or all(re.fullmatch(f"{_GOOD}|{_BAD}", _same(v), re.IGNORECASE) for v in distinct)
 
 
+def _says_yes(values: Column) -> bool:
+    said = [_same(v) for v in _distinct(values) if not _MISSING.fullmatch(v)]
+    return bool(said) and all(re.fullmatch(_YES_NO, v, re.IGNORECASE) for v in said)
+
+
 def _may_judge(columns: dict[str, Column], used: list[str]) -> list[str]:
-    """The fields that may say how good a response is: with words of judgement, then truth values, then numbers."""
-    others = [n for n in columns if n not in used and not re.search(_KEY, n) and not _is_prose(n, columns)]
-    named = [n for n in others if any(_hints({n: v}) for v in columns[n][:_FEW])]
-    truths = [n for n in others if all(isinstance(v, bool) for v in columns[n])]
+    """The fields that may say how good a response is.
+
+    Those with words of judgement, then truth values, numbers, a few words that come again, and remarks.
+    """
+    others = [n for n in columns if n not in used and not re.search(_KEY, n)]
+    plain = [n for n in others if not _is_prose(n, columns)]
+    named = [n for n in plain if any(_hints({n: v}) for v in columns[n][:_FEW])]
+    truths = [n for n in plain if all(isinstance(v, bool) for v in columns[n])]
     measures = _named(columns, _MEASURES, used)
-    numbers = [n for n in others if n not in measures and _numbers([_with_point(v) for v in columns[n]])]
-    return list(dict.fromkeys(named + truths + numbers))
+    numbers = [n for n in plain if n not in measures and _numbers([_with_point(v) for v in columns[n]])]
+    no_labels = {*_named(columns, _CATEGORY, used), *_asked_or_said(columns), *SYSTEM}
+    few = [n for n in others if n not in no_labels and _are_few_words(columns[n])]
+    remarks = [n for n in others if judged({n: None})]
+    return list(dict.fromkeys(named + truths + numbers + few + remarks))
+
+
+def _asked_or_said(columns: dict[str, Column]) -> list[str]:
+    """The fields that are by their names prompts and responses, or parts of them."""
+    ends = rf"(.*[\W_])?({_PROMPT}|{_RESPONSE})s?|{_PARTS}"
+    return [n for n in columns if re.fullmatch(ends, snake(n), re.IGNORECASE)]
+
+
+def _are_few_words(values: Column) -> bool:
+    """Whether the values are short texts that come again, or too few to tell; a single one only where it is bad."""
+    distinct = _distinct(values) if _are_short(values) else []
+    if len(distinct) == 1:
+        return leaning(distinct[0]) < 0 or re.fullmatch(_BAD, _same(distinct[0]), re.IGNORECASE) is not None
+    return 1 < len(distinct) <= _FEW and (len(values) <= _FEW or len(distinct) < len(values))
+
+
+def _come_again(values: Column) -> bool:
+    return _are_short(values) and 1 < len(_distinct(values)) < min(len(values), _FEW + 1)
+
+
+def _are_short(values: Column) -> bool:
+    return all(isinstance(v, str) and len(v) <= _SHORT for v in values)
 
 
 def _hints(value: Any, depth: int = 0) -> bool:
     """Whether a name or a text within the value is one of judgement."""
     if isinstance(value, dict) and depth < _DEPTH:
-        told = judged(value) or any(isinstance(name, str) and re.search(_WORSE, name) for name in value)
+        told = judged(value) or any(isinstance(name, str) and leaning(name) for name in value)
         return told or any(_hints(v, depth + 1) for v in value.values())
     if isinstance(value, list) and depth < _DEPTH:
         return not any(map(_is_message, value)) and any(_hints(v, depth + 1) for v in value[:_FEW])
@@ -541,15 +649,19 @@ def _is_huge(value: Any) -> bool:
 
 
 def _numbers(values: Column) -> list[float]:
-    """The values as numbers, if almost all are: blanks and such words as N/A aside."""
-    found, strange = [], 0
+    """The values as numbers, if all are: NaN and such words as N/A aside."""
+    found = []
     for value in values:
         number = _number(value)
         if number is not None:
             found.append(number)
-        elif not (isinstance(value, str) and _MISSING.fullmatch(value.strip())):
-            strange += 1
-    return found if strange == 0 else []
+        elif not (_is_nan(value) or (isinstance(value, str) and _MISSING.fullmatch(value.strip()))):
+            return []
+    return found
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _number(value: Any) -> float | None:
@@ -572,33 +684,63 @@ def _missing(values: Column) -> list[Any]:
 
 def _label_of_one(name: str | list[str], values: Column) -> list[str]:
     """Where the label of a response is, and what it means."""
-    lines, worse = _where(name), isinstance(name, str) and re.search(_WORSE, name) is not None
+    lines = _where(name)
     distinct = [v for v in _distinct(values) if not _MISSING.fullmatch(v)]
     missing = [v for v in _distinct(values) if _MISSING.fullmatch(v)]
     absent = [f"  missing: {_yaml(missing)}  # check: do these stand for no label?"] if missing else []
     good = [v for v in distinct if re.fullmatch(_GOOD, _same(v), re.IGNORECASE)]
     bad = [v for v in distinct if re.fullmatch(_BAD, _same(v), re.IGNORECASE)]
     signed = {_same(v) for v in distinct} == {"-1", "0", "1"}
-    if good and bad and len(good) + len(bad) == len(distinct) and not signed:
-        good, bad, told = (bad, good, _IS_WORSE) if worse else (good, bad, "")
-        return [*lines, f"  thumbs: {{good: {_yaml(good)}, bad: {_yaml(bad)}}}{told}", *absent]
-    if numbers := _numbers(values):
-        lower = [f"  better: lower{_IS_WORSE}"] if worse else []
-        return lines + _scale(numbers, [] if signed else _missing(values), stars=not worse) + lower
-    if len(distinct) < 2 and (good or bad):
-        sides = (distinct, [_another(distinct)])
-        good, bad = sides if bool(good) != worse else sides[::-1]
-        return [*lines, f"  thumbs: {{good: {_yaml(good)}, bad: {_yaml(bad)}}}  # check: one value was seen", *absent]
-    return [*lines, *(_worded(_unlike(distinct), worse) if distinct else _unordered([])), *absent]
+    numbers = _numbers(values)
+    told = len(good) + len(bad) == len(distinct) and not signed
+    if told and ((good and bad) or (len(distinct) == 1 and not numbers)):
+        return [*lines, *_thumbs(name, good, bad), *absent]
+    if numbers:
+        return lines + _scale(name, numbers, [] if signed else _missing(values))
+    return [*lines, *(_worded(name, _unlike(distinct)) if distinct else _unordered([])), *absent]
 
 
 _IS_WORSE = "  # check: by its name, this says that a response is worse"
 
 
-def _worded(values: list[str], worse: bool = False) -> list[str]:
+def _thumbs(name: str | list[str], good: list[str], bad: list[str]) -> list[str]:
+    """Values of good and bad; a yes or no means what the name says, and of the others one may not have been seen."""
+    lean = leaning(name) if isinstance(name, str) else 0
+    neutral = _YES_NO + "|positive|negative" * (lean < 0)
+    yes_no = [v for v in good + bad if re.fullmatch(neutral, _same(v), re.IGNORECASE)]
+    told = ""
+    if lean < 0 and not yes_no:
+        told = "  # check: the name says that a response is worse; the values are read as they are"
+    elif lean < 0 and len(yes_no) < len(good + bad):
+        return _unordered(good + bad)
+    elif lean < 0:
+        good, bad, told = bad, good, _IS_WORSE
+    elif yes_no and not lean:
+        told = f"  # check: is {_comment(_in_quotes(yes_no[0]))} {'good' if yes_no[0] in good else 'bad'}?"
+    if not good or not bad:
+        told += "  # check: one value was seen"
+    good, bad = good or ["good"], bad or ["bad"]
+    return [f"  thumbs: {{good: {_yaml(good)}, bad: {_yaml(bad)}}}{told}"]
+
+
+def _less_is_better(name: str | list[str]) -> bool:
+    return isinstance(name, str) and (leaning(name) < 0 or _is_rank(name))
+
+
+def _lower(name: str | list[str]) -> list[str]:
+    told = "  # check: by its name, the first is the best" if _is_rank(str(name)) else _IS_WORSE
+    return [f"  better: lower{told}"] if _less_is_better(name) else []
+
+
+def _is_rank(name: str) -> bool:
+    return bool(_named({name: []}, _RANK, []))
+
+
+def _worded(name: str | list[str], values: list[str]) -> list[str]:
     """Shares of the best, such as 4/5; words of a known order; or the values, for somebody to put in their order."""
+    worse = _less_is_better(name)
     if all(re.search("[%/]|out of", v.lower()) and _share(v) is not None for v in values):
-        return ["  scale: unit  # shares of the best, such as 4/5 or 80%"]
+        return ["  scale: unit  # shares of the best, such as 4/5 or 80%", *_lower(name)]
     if all(re.fullmatch("★+☆*", v) for v in values) and len(lengths := {*map(len, values)}) == 1 and not worse:
         listed = ", ".join(f"{_in_quotes(v)}: {v.count('★')}" for v in values)
         return [f"  map: {{{listed}}}  # check: other values are rejected", f"  stars: {max(2, *lengths)}"]
@@ -609,7 +751,7 @@ def _worded(values: list[str], worse: bool = False) -> list[str]:
         return [f"  map: {{{listed}}}  # check: other values are rejected", "  scale: unit"]
     if len(commas := {v: n for v in values if (n := _number(_with_point(v))) is not None}) == len(values):
         listed = ", ".join(f"{_in_quotes(v)}: {n:g}" for v, n in commas.items())
-        return [f"  map: {{{listed}}}  # check: other values are rejected", *_scale([*commas.values()], [])]
+        return [f"  map: {{{listed}}}  # check: other values are rejected", *_scale(name, [*commas.values()], [])]
     if ordered := _ordered(values):
         return [f"  order: {_yaml(ordered)}  # check: must go from the worst to the best, the ones not seen too"]
     return _unordered(values)
@@ -671,12 +813,15 @@ def _another(values: list[str]) -> str:
     return next(word for word in ("bad", "good", "other") if word not in map(_same, values))
 
 
-def _scale(numbers: list[float], missing: list[Any], stars: bool = True) -> list[str]:
+def _scale(name: str | list[str], numbers: list[float], missing: list[Any]) -> list[str]:
     real = [n for n in numbers if n not in missing] or numbers
     low, high = min(real), max(real)
-    lines = [f"  missing: {_yaml(missing)}  # check: do these stand for no label?"] if missing else []
-    seen = f"  # check the ends of the scale, and that more is better; seen were {low:g} to {high:g}"
-    if stars and low >= 1 and high in (5, 10) and all(n == int(n) for n in real):
+    worse = _less_is_better(name)
+    absent = [f"  missing: {_yaml(missing)}  # check: do these stand for no label?"] if missing else []
+    lines = [*absent, *_lower(name)]
+    more = "" if worse else ", and that more is better"
+    seen = f"  # check the ends of the scale{more}; seen were {low:g} to {high:g}"
+    if not worse and low >= 1 and high in (5, 10) and all(n == int(n) for n in real):
         return [f"  stars: {int(high)}{seen}", *lines]
     for a, b in ((0, 1), (1, 5), (0, 4), (0, 5), (1, 7), (0, 10), (1, 10), (0, 100), (-1, 1)):
         if a <= low and high <= b:
@@ -684,14 +829,13 @@ def _scale(numbers: list[float], missing: list[Any], stars: bool = True) -> list
     return [f"  scale: sigmoid  # no known scale: check; seen were {low:g} to {high:g}; or score: [low, high]", *lines]
 
 
-def _label_of_two(columns: dict[str, Column], used: list[str]) -> list[str]:
-    """The label of a pair: two scores, or a field that tells the winner."""
-    scores = [n for n in _named(columns, _LABEL, used) if _numbers(columns[n])]
-    if two := _sides({n: ["text"] for n in scores}, []):
-        used += two
-        return ["label:", f"  fields: {_yaml(list(two))}", "  compare: higher  # check: is more better?"]
+def _label_of_two(columns: dict[str, Column], used: list[str], sides: tuple[str, str]) -> list[str]:
+    """The label of a pair of these `sides`: a mark or a number for each, or a field that tells the winner."""
+    sure, maybe = _verdicts(columns, used, sides)
+    if not sure and (lines := _of_each(columns, used) or _by_name(columns, used)):
+        return lines
     raters = _raters(columns, used)
-    if not (name := raters or _label(columns, used, sides=True)):
+    if not (name := raters or (sure + maybe or [""])[0]):
         likely = _may_judge(columns, used)
         used += likely[:1]
         if not likely:
@@ -702,16 +846,84 @@ def _label_of_two(columns: dict[str, Column], used: list[str]) -> list[str]:
     signed = set(_numbers(values)) <= {-1, 0, 1}
     missing = [] if signed else _missing(values)
     numbers = [n for n in _numbers(values) if n not in missing]
-    worse = isinstance(name, str) and re.search(_WORSE, name) is not None
+    lean = leaning(name) if isinstance(name, str) else 0
+    side = _side_of(str(name), sides) if lean else None
+    turned = (lean < 0) != (side == 0)
     lines = [*_where(name), *([f"  missing: {_yaml(missing)}  # check"] if missing else [])]
     if len(set(numbers)) > 2 and set(numbers) != {0, 1, 2}:
         low, high = _ends(numbers)
         seen = f"seen were {min(numbers):g} to {max(numbers):g}"
-        low, high = (high, low) if worse else (low, high)
+        low, high = (high, low) if turned else (low, high)
         check = f"# check the ends, and which of them means the first; {seen}"
         return [*lines, f"  preference: {{first: {low:g}, second: {high:g}}}  {check}"]
     absent = {_same(str(v)) for v in missing}
-    return [*lines, _winner([v for v in _distinct(values) if _same(v) not in absent], bool(numbers), worse)]
+    distinct = [v for v in _distinct(values) if _same(v) not in absent]
+    if side is not None and _says_yes(distinct):
+        yes = [v for v in distinct if re.fullmatch(_GOOD, _same(v), re.IGNORECASE)]
+        no = [v for v in distinct if v not in yes and not _MISSING.fullmatch(v)]
+        first, second = (yes, no) if turned else (no, yes)
+        told = f"first: {_yaml(first or [_another(second)])}, second: {_yaml(second or [_another(first)])}"
+        return [*lines, f"  winner: {{{told}}}  # check: does {_comment(str(name))} say so?"]
+    return [*lines, _winner(distinct, bool(numbers), lean < 0)]
+
+
+def _of_each(columns: dict[str, Column], used: list[str]) -> list[str]:
+    """The lines for two fields that judge a response each: which of them won, or numbers to compare."""
+    free = {n: values for n, values in columns.items() if n not in used and (_numbers(values) or _marks(values))}
+    telling = [*_named(free, _LABEL, []), *(n for n in free if leaning(n) or _is_rank(n))]
+    two = next(_paired(telling, telling), None)
+    if not two:
+        return []
+    used += two
+    lower = all(map(_less_is_better, two))
+    marked = {sum(both) for both in zip(*(_marks(columns[n]) for n in two), strict=False)}
+    ties = [n for n in free if any(map(_TIE.fullmatch, re.split(r"[\W_]+", snake(n)))) and _marks(free[n])]
+    if leaning(two[0]) and (marked == {1} or (ties and marked == {0, 1})):
+        used += ties[:1]
+        first, second = map(_in_list, two[::-1] if lower else two)
+        tie = f", tie: {_in_list(ties[0])}" if ties else ""
+        told = _IS_WORSE if lower else "  # check: does a 1 mark the better one?"
+        return ["label:", f"  one_hot: {{first: {first}, second: {second}{tie}}}{told}"]
+    texts = [] if all(_numbers(columns[n]) for n in two) else ['  map: {"true": 1, "false": 0}']
+    compare = "lower  # check: is less" if lower else "higher  # check: is more"
+    return ["label:", f"  fields: {_yaml(list(two))}", *texts, f"  compare: {compare} better?"]
+
+
+def _marks(values: Column) -> list[int]:
+    """The values as 1 and 0, if all are such or truth values."""
+    plain = [v for v in values if not _is_nested(v) and not _is_huge(v)]
+    found = [{"true": 1, "1": 1, "false": 0, "0": 0}.get(_same(v)) for v in plain]
+    return [mark for mark in found if mark is not None] if len(plain) == len(values) and None not in found else []
+
+
+def _by_name(columns: dict[str, Column], used: list[str]) -> list[str]:
+    """The lines for a field that holds what one of two others does, such as the name of the model that won."""
+    texts = {n: values for n, values in columns.items() if all(isinstance(v, str) for v in values)}
+    texts = {n: values for n, values in texts.items() if not _says_yes(values)}
+    for name in [*_named(texts, _LABEL, used), *(n for n in texts if n not in used and leaning(n))]:
+        said = {_same(v): v for v in texts[name]}
+        others = [n for n in texts if n != name]
+        for two in _paired(others, others) if not said.keys() & _SIDE_WORDS else ():
+            strange = [v for same, v in said.items() if same not in {_same(v) for n in two for v in texts[n]}]
+            ties = [v for v in strange if _TIE.search(v)]
+            missing = [v for v in strange if v not in ties and _MISSING.fullmatch(v)]
+            if len(ties + missing) < len(strange) or len(strange) == len(said):
+                continue
+            used += [name, *(n for n in two if n not in used and not re.fullmatch(_KEPT, n, re.IGNORECASE))]
+            first, second = map(_in_list, two[::-1] if leaning(name) < 0 else two)
+            tie = f", tie: {_yaml(ties)}" if ties else ""
+            sides = f"first: {{field: {first}}}, second: {{field: {second}}}{tie}"
+            told = _IS_WORSE if leaning(name) < 0 else "  # check: does it name the better one?"
+            absent = [f"  missing: {_yaml(missing)}  # check"] if missing else []
+            return [*_where(name), f"  winner: {{{sides}}}{told}", *absent]
+    return []
+
+
+def _side_of(name: str, sides: tuple[str, str]) -> int | None:
+    """Which of two sides a name is about, such as `a_is_better`; None for both or neither."""
+    said = re.split(r"[\W_]+", snake(name).lower())
+    pairs = (sides, ("a", "b"), ("left", "right"), ("first", "second"))
+    return next((int(b in said) for a, b in pairs if (a in said) != (b in said)), None)
 
 
 def _ends(numbers: list[float]) -> tuple[float, float]:
@@ -723,7 +935,10 @@ def _ends(numbers: list[float]) -> tuple[float, float]:
     return next(((a, b) for a, b in scales if a <= low and high <= b), (low, high))
 
 
-_WINNER = '  winner: {first: ["a"], second: ["b"], tie: ["tie"]}  # check: which value means which side?'
+_WINNER = (
+    '  winner: {first: ["first is better"], second: ["second is better"]}'
+    "  # check: put the values here; until then all are rejected"
+)
 
 
 def _winner(distinct: list[str], numbers: bool = False, worse: bool = False) -> str:
@@ -735,6 +950,10 @@ def _winner(distinct: list[str], numbers: bool = False, worse: bool = False) -> 
     first, second = _placed(others)
     if len(others) == 2 and numbers and not (first and second):
         first, second = others[:1], others[1:]
+    worst = {v for v in others if leaning(v) < 0}
+    first, second = (
+        [v for v in others if v in (b if v in worst else a)] for a, b in ((first, second), (second, first))
+    )
     if not first or not second:
         return f"{_WINNER}  # seen: {_comment(', '.join(map(_in_quotes, distinct)))}"
     first, second, told = (second, first, _IS_WORSE) if worse else (first, second, "")
@@ -746,13 +965,24 @@ def _winner(distinct: list[str], numbers: bool = False, worse: bool = False) -> 
 
 
 def _placed(values: list[str]) -> tuple[list[str], list[str]]:
-    """The values that name the first of two sides and those that name the second, by the words that place the most."""
-    words = {v: re.split(r"[\W_]+", _words(v).lower()) for v in values}
+    """The values that name the first of two sides and those that name the second, by the words that place the most.
+
+    Of A > B, it is A that is named.
+    """
+    words = {v: re.split(r"[\W_]+", snake(_greater(v)).lower()) for v in values}
     sides = [({v for v in values if a in words[v]}, {v for v in values if b in words[v]}) for a, b in _SIDES]
     sides.append(({v for v in values if _names(_FIRST, v)}, {v for v in values if _names(_SECOND, v)}))
     clear = [(first - second, second - first) for first, second in sides if first - second and second - first]
     first, second = max(clear, key=lambda found: len(found[0] | found[1]), default=(set(), set()))
     return sorted(first), sorted(second)
+
+
+def _greater(value: str) -> str:
+    """What stands at the open end of the first sign such as `>` or `<<`; all of a value that has none."""
+    sign = re.search("[<>≻≺]+", value)
+    if not sign:
+        return value
+    return value[: sign.start()] if sign[0][0] in ">≻" else value[sign.end() :]
 
 
 def _names(pattern: str, value: str) -> bool:

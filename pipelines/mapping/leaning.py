@@ -1,0 +1,53 @@
+"""Whether the name of a field says that a yes in it is good or bad: `helpful`, `not_helpful`, `unsafe`, `error_free`.
+
+It leaves out names that say only what was measured (`quality`, `rating`), and what people did (`retried`, `edited`):
+there a yes may be either.
+"""
+
+import re
+
+_GOOD = (  # starts of words
+    r"good|ok(ay)?\b|helpful|useful|harmless|flawless|unbias|correct(ly)?\b|accurate|accept|approv|pass(ed|es)?\b|like[sd]?\b|loved?\b"
+    r"|safe\b|satisf(ied|ying|actory)|thumbs? ?up|upvot|best|better|prefer|chosen|win(s|ner|ning)?\b|won\b|resolved"
+    r"|solved|succe(ss|ed)|truthful|faithful|factual$|grounded|valid\b|relevant|coherent|consistent|complete\b|clear\b"
+    r"|honest|polite|appropriate|compliant|desir|favou?r|recommend|perfect|excellent|great\b|usable|(?<!false )positiv"
+    r"|gut\b|hilfreich|besser|bevorzugt|zufrieden|korrekt|richtig|nützlich|fehlerfrei|[uú]til|mejor|melhor|meilleur"
+    r"|miglior|buen|buon|bon(ne)?\b|bom\b|boa\b|corret|хорош|полезн|лучш|верн|точн"
+)
+_GOOD_ANYWHERE = "好|有用|有帮助|满意|滿意|满足|満足|正确|正確|准确|赞|良い|役に立|좋|만족|유용|جيد|مفيد"
+_BAD = (  # anywhere in a word, as in Denkfehler
+    r"wors[et]|\bbad(?!ge)|downvot|thumbs? ?down|\bdown\b|toxic|\bharm(?!on)|hallucinat|error|mistake|severity|violat"
+    r"|offensive|\bbias|\brisk|problem|\bissue|complain|fail|wrong|reject|\blos(er|es|ing)\b|negativ|\bpoor|useless|terrible"
+    r"|awful|nonsens|\bspam|jailbr|\bneeds?\b|mislead|\bbroken|\bbug(s|gy)?\b|abus|insult|hateful|nsfw|plagiar|danger|illegal"
+    r"|contradict|frustrat|defect|inferior|\bflagged|^((red|user) )?flags?$|\breported( by|$)|\bpeggio|\bpeor|\bpire"
+    r"|\bpior|\berros?\b|erreur|\bmauvais|\bmal[oa]?\b|fehler|schlecht|falsch|худш|плох|ошибк|вред|токсич"
+    r"|差|踩|[没无]用|错误|錯誤|有害|毒性|坏|悪い|나쁜|سيئ"
+)
+_TURNED = r"un|in|im|ir|dis|non|не"  # before a word
+_NOT = re.compile(
+    r"\b(no|not|non|never|without|free|pas|nicht|keine?[rns]?|ohne|sin|sem|senza|не|нет|без)\b", re.IGNORECASE
+)
+_SAID = re.compile(
+    rf"(?P<good>\b(?P<ungood>{_TURNED})?({_GOOD})|(?P<notgood>[不无無没沒未])?({_GOOD_ANYWHERE}))"
+    rf"|(\b(?P<unbad>{_TURNED}))?({_BAD})",
+    re.IGNORECASE,
+)
+
+
+def snake(name: str) -> str:
+    """The name with `_` where camel case or a digit begins a word."""
+    return re.sub(r"(?<=[^\W_A-Z0-9])(?=[A-Z0-9])", "_", name)
+
+
+def leaning(name: str) -> int:
+    """1 where a yes, or more, in a field of this name is good, -1 where it is bad, 0 where the name does not tell."""
+    said = re.sub(r"[\W_]+", " ", snake(name)).strip().lower()
+    signs = {_sign(found) for found in _SAID.finditer(said)}
+    if len(signs) != 1:
+        return 0
+    return -signs.pop() if _NOT.search(said) else signs.pop()
+
+
+def _sign(found: re.Match[str]) -> int:
+    turned = found["ungood"] or found["notgood"] or found["unbad"]
+    return 1 if bool(found["good"]) != bool(turned) else -1
