@@ -78,6 +78,11 @@ TEXTS = [
     ("prompt: {field: q, strip: true}", {"q": " Q\n"}, ["user: Q"]),
     ("prompt: {turns: [{user: a}, {assistant: b}, {user: {text: C}}]}", {"a": "A", "b": "B"},
      ["user: A", "assistant: B", "user: C"]),
+    ("prompt: {turns: [{system: {text: S}}, {conversation: t}, {user: q}]}", {"t": _TURNS, "q": "R"},
+     ["system: S", "user: Q", "assistant: A", "user: R"]),
+    ("prompt: {turns: [{conversation: {rounds: {user: u, assistant: a}}}, {user: q}]}", {"u": [], "a": [], "q": "Q"},
+     ["user: Q"]),
+    ("prompt: {turns: [{conversation: t}, {user: q}]}", {"t": "Human: hi", "q": "Q"}, "wrong_type"),
     ("prompt: {field: q, messages: {role: by, content: said, roles: {Me: user}}}", {"q": [{"by": "Me", "said": "Q"}]},
      ["user: Q"]),
     ("prompt: {field: q, messages: {role: by}}", {"q": [{"by": "Me", "content": "Q"}]}, "unknown_role"),
@@ -327,6 +332,51 @@ def test_several_responses(mapping, text, record, expected):
         assert outcome == expected
 
 
+_SESSION = [
+    {"role": "user", "text": "hi"},
+    {"role": "assistant", "text": "hello", "feedback": "up"},
+    {"role": "user", "text": "what?"},
+    {"role": "assistant", "text": "well", "feedback": None},
+    {"role": "user", "text": "bye"},
+    {"role": "assistant", "text": "go away", "feedback": "down"},
+]
+
+
+def test_feedback_on_messages_of_a_session(mapping):
+    made = mapping(
+        "each: {field: turns, as: turn, before: earlier}\nwhere: {turn.role: assistant}\n"
+        "prompt: {field: earlier, messages: {content: text}}\nresponse: turn.text\n"
+        "label: {field: turn.feedback, thumbs: {good: up, bad: down}}"
+    )
+    whole = ["user: hi", "assistant: hello", "user: what?", "assistant: well", "user: bye"]
+    left_out = [(f"turns[{i}]", "missing_label" if i == 3 else "filtered") for i in (3, 0, 2, 4)]
+    expected = [(whole[:1], "hello", 1.0), (whole, "go away", 0.0), *left_out]
+    assert _outcome(made, {"turns": _SESSION, "earlier": "is a field too"}) == expected
+    assert _outcome(made, {"turns": [turn | {"feedback": ""} for turn in _SESSION]}) == "missing_label"
+    assert _outcome(made, {"turns": _SESSION[1:2]}) == "empty_prompt"
+    kept = made.convert({"turns": _SESSION}, "s", Policy(missing="unlabelled"))
+    assert [row["type"] for row in kept if not isinstance(row, LeftOut)] == ["binary", "unlabelled", "binary"]
+
+
+def test_feedback_on_rounds_of_a_session(mapping):
+    made = mapping(
+        "each: {field: turns, before: earlier}\n"
+        "prompt: {turns: [{conversation: {rounds: {user: 'earlier[*].user', assistant: 'earlier[*].bot'}}}, "
+        "{user: item.user}]}\n"
+        "response: item.bot\nlabel: {field: item.thumbs, thumbs: {good: 1, bad: -1}}"
+    )
+    turns = [
+        {"user": "hi", "bot": "hello", "thumbs": 1},
+        {"user": "what?", "bot": "well"},
+        {"user": "bye", "bot": "go away", "thumbs": -1},
+    ]
+    whole = ["user: hi", "assistant: hello", "user: what?", "assistant: well", "user: bye"]
+    expected = [(whole[:1], "hello", 1.0), (whole, "go away", 0.0), ("turns[1]", "missing_label")]
+    assert _outcome(made, {"turns": turns}) == expected
+    turns[1]["bot"] = None  # the answer to the last turn has a gap before it
+    assert _outcome(made, {"turns": turns})[1:] == [("turns[1]", "missing_field"), ("turns[2]", "wrong_type")]
+
+
 def test_ranks_become_comparisons_where_the_policy_says_so(mapping):
     made = mapping("prompt: q\nresponses: r\nlabel: {field: x, rank: 0}")
     rows = _rows(made, {"q": "Q", "r": ["A", "B"], "x": [1, 0]}, rank_as="adjacent")
@@ -517,6 +567,8 @@ WRONG = [  # the YAML, what the error says, and whether the JSON Schema can say 
     (_OK + "label: {field: x, stars: 5}\nwhere: {x: {matches: '('}}", "where.x.matches", False),
     (_OK + "label: {field: x, stars: 5}\njoin: {a: {on: k}}", "join.a: file is missing; needed are file, on", True),
     (_OK + "label: {field: x, stars: 5}\njoin: {item: {file: f, on: k}}\neach: l", "the name 'item' is taken", False),
+    (_OK + "label: {field: x, stars: 5}\neach: {field: l, before: item}", "each.before: the name 'item'", False),
+    ("prompt: {turns: [{user: {field: q, unwrap: '('}}]}\ndemonstration: d", "prompt.turns[0].user.unwrap", False),
     (_OK + "label: {field: x, stars: 5}\njoin: {a: {file: f, on: k, key: [l, m]}}", "2 fields, but `on` has 1", False),
     (_OK + "label: {field: x, stars: 5}\njoin: {a: {file: f, on: k}}\neach: a.l", "before a is joined", False),
 ]
@@ -692,6 +744,10 @@ _FUZZED = [
     "prompt: p\nresponses: r\nlabel: {field: x, scale: sigmoid, better: lower}",
     "each: r\nprompt: [p, s]\nresponse: item\nlabel: {field: x, thumbs: {good: [good, 1], bad: [A, 0]}}",
     "demonstration: {rounds: {user: p, assistant: r, count: x}}\nmetadata: {m: m, s: s}",
+    "each: {field: r, as: t, before: b}\nprompt: {field: b, messages: {content: t}}\nresponse: t\n"
+    "label: {field: t.x, thumbs: {good: [good, 1], bad: [A, 0]}}",
+    "each: {field: p, before: b}\nprompt: {turns: [{conversation: {rounds: {user: 'b[*].t', assistant: 'b[*].v'}}}, "
+    "{conversation: s}, {user: m}]}\nresponse: item\nlabel: {field: x, scale: sigmoid}",
     "prompt: p\nresponses: r\nlabel: {field: x, ranking: worst_first, missing: A}",
     "prompt: p\nresponses: r\nlabel: {field: x, ranking: best_first, names: m}",
     "prompt: p\nfirst: r\nsecond: s\n"

@@ -93,19 +93,20 @@ def _exploded(mapping: Mapping, record: Scope, source: str, policy: Policy) -> l
         raise Reject("wrong_type", f"{where}: expected a list, got {show(items)}")
     if not items:
         raise Reject("missing_field", f"{where} is empty")
-    name = check.item_name(mapping.spec)
+    name, before = check.item_name(mapping.spec), check.before_name(mapping.spec)
     made: list[Row | LeftOut] = []
     for i, item in enumerate(items):
+        earlier = {before: items[:i]} if before else {}
         try:
-            made += _convert(mapping, {**record, name: item}, source, policy)
+            made += _convert(mapping, {**record, **earlier, name: item}, source, policy)
         except Reject as error:
             made.append(LeftOut(f"{where}[{i}]", error.reason, error.detail))
     return _some(made)
 
 
 def _some(made: list[Row | LeftOut]) -> list[Row | LeftOut]:
-    """What was made; if nothing was, `Reject` with what is wrong rather than with what a policy dropped."""
-    made.sort(key=lambda m: isinstance(m, LeftOut) and m.reason in POLICY_REASONS)
+    """What was made; if nothing was, `Reject` with what is wrong, before what a policy or a filter dropped."""
+    made.sort(key=lambda m: isinstance(m, LeftOut) and (m.reason in POLICY_REASONS) + (m.reason == "filtered"))
     return some(made)
 
 

@@ -168,6 +168,9 @@ def _is_conversation(given: Any) -> bool:
 def _check_text(given: Any, file: str, where: str) -> None:
     if not isinstance(given, dict):
         return
+    for i, turn in enumerate(given.get("turns", [])):
+        for who, said in turn.items():
+            _check_text(said, file, f"{where}.turns[{i}].{who}")
     if "unwrap" in given and len(_compiled(given["unwrap"], file, f"{where}.unwrap").groupindex) != 1:
         fail(file, f"{where}.unwrap", "the pattern needs exactly one named group, such as (?P<text>.*)")
     for key, needs in (("before", "split"), ("optional", "fields"), ("separator", "fields")):
@@ -293,6 +296,9 @@ def _safe_spellings(value: Any, file: str, where: str) -> list[str]:
 
 def _check_names(spec: Spec, file: str) -> None:
     names = ["annotation", *([item_name(spec)] if "each" in spec else [])]
+    if (before := before_name(spec)) in names:
+        fail(file, "each.before", f"the name {before!r} is taken; give another")
+    names += [before] if before else []
     for join, given in spec.get("join", {}).items():
         name = given.get("as", join)
         if "each" in spec and paths.parse(each_path(spec))[0] == name:
@@ -315,6 +321,11 @@ def each_path(spec: Spec) -> str:
 def item_name(spec: Spec) -> str:
     """The name under which paths find an element of `each`."""
     return spec["each"].get("as", "item") if isinstance(spec["each"], dict) else "item"
+
+
+def before_name(spec: Spec) -> str | None:
+    """The name under which paths find the list of the elements before it, if the mapping gives one."""
+    return spec["each"].get("before") if isinstance(spec.get("each"), dict) else None
 
 
 def listed(value: str | list[str]) -> list[str]:

@@ -40,6 +40,7 @@ def _together(one: str, other: str) -> Shape:
 
 
 _PATH = {"type": "string", "minLength": 1, "description": "a path into the record, such as a.b[0].c or choices[*].text"}
+_NAME = {"type": "string", "minLength": 1}
 _PLAIN = {"type": ["string", "number", "boolean"]}
 _PLAINS = {"anyOf": [_ref("plain"), _list(_ref("plain"))]}
 _PATHS = {"anyOf": [_ref("path"), _list(_ref("path"))]}
@@ -70,7 +71,12 @@ _MADE = _object(
     },
     oneOf=_one_of("field", "fields", "template", "text", "turns", "rounds"),
 )
-_TURN = _object({role: _ref("text") for role in ROLES}, minProperties=1, maxProperties=1)
+_TURN = _object(
+    {role: _ref("text") for role in ROLES}
+    | {"conversation": _ref("text", "several turns: a list of messages, rounds or a transcript")},
+    minProperties=1,
+    maxProperties=1,
+)
 _ROUNDS = _object(
     {
         "user": _ref("path", "the list of what the user said"),
@@ -202,7 +208,7 @@ _JOIN = _object(
         },
         "on": _ref("paths", "the record's key, of one or several fields"),
         "key": _ref("paths", "the joined file's key; the same as `on` by default"),
-        "as": {"type": "string", "minLength": 1, "description": "the name in paths; the join's own by default"},
+        "as": _NAME | {"description": "the name in paths; the join's own by default"},
         "json": _ref("paths", "fields of the joined file that hold JSON text"),
     },
     required=["file", "on"],
@@ -244,9 +250,10 @@ SHAPE: Shape = {
             "each": {
                 "anyOf": [
                     _ref("path"),
-                    _object({"field": _ref("path"), "as": {"type": "string", "minLength": 1}}, required=["field"]),
+                    _object({"field": _ref("path"), "as": _NAME, "before": _NAME}, required=["field"]),
                 ],
-                "description": "a list whose elements are items of their own; `item` in paths, or as `as` says",
+                "description": "a list whose elements are items of their own; `item` in paths, or as `as` says; "
+                "`before` names the list of those before it",
             },
             "json": _ref("paths", "fields that hold JSON text"),
             "where": {

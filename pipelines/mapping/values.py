@@ -84,10 +84,11 @@ def with_system(scope: Scope, given: Given | None, turns: list[Message]) -> list
 # --- what a text is made of ------------------------------------------------------------------------
 
 
-def _turns(scope: Scope, given: Given, role: str, where: str) -> list[Message]:
+def _turns(scope: Scope, given: Given, role: str | None, where: str) -> list[Message]:
+    """The turns; a text is one of `role`, or none at all."""
     if isinstance(given, dict) and "turns" in given:
         spoken = [next(iter(turn.items())) for turn in given["turns"]]
-        return [Message(role=who, content=text(_made(scope, said, where), where)) for who, said in spoken]
+        return [turn for who, said in spoken for turn in _spoken(scope, who, said, where)]
     if isinstance(given, dict) and "rounds" in given:
         return _rounds(scope, given["rounds"])
     named = f"{where} ({given})" if isinstance(given, str) and given != where else where
@@ -99,13 +100,19 @@ def _turns(scope: Scope, given: Given, role: str, where: str) -> list[Message]:
     return _as_turns(value, named, role)
 
 
-def _as_turns(value: Any, where: str, role: str) -> list[Message]:
-    if isinstance(value, str):
+def _spoken(scope: Scope, who: str, said: Given, where: str) -> list[Message]:
+    if who == "conversation":
+        return _turns(scope, said, None, where)
+    return [Message(role=who, content=text(_made(scope, said, where), where))]
+
+
+def _as_turns(value: Any, where: str, role: str | None) -> list[Message]:
+    if isinstance(value, str) and role:
         return [Message(role=role, content=value)]
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
-        raise Reject("wrong_type", f"{where}: expected text or messages, got {show(value)}")
+        raise Reject("wrong_type", f"{where}: expected {'text or ' if role else ''}messages, got {show(value)}")
     return answered(value, where) if role == "assistant" else messages(value, where)
 
 
