@@ -13,7 +13,7 @@ from conftest import REPO, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.converters.base import LeftOut, Policy
+from pipelines.converters.base import LeftOut, Policy, touched
 from pipelines.converters.labels import annotator
 from pipelines.mapping import draft, joins, load, paths, shape
 from schemas import feedback, settings_file
@@ -192,7 +192,26 @@ _ONE = [
     ("thumbs: {good: [はい, ＯＫ], bad: いいえ}", "ok", 1.0),
     ("thumbs: {good: [да, ДОБРО], bad: [нет]}", "Добро", 1.0),
     ("score: [0, 4], map: {非常好: 4, 差: 0, ضعيف: 1}", "ضعيف", 0.25),
-    ("stars: 5", "５", "invalid_reward"),
+    ("stars: 5", "５", 1.0),
+    ("stars: 5", "４，5 ", 0.875),
+    ("stars: 5", "4,5/5", 0.875),
+    ("stars: 5", "4,5²", "invalid_reward"),
+    ("scale: unit", "80\u202f%", 0.8),
+    ("scale: unit", "4/5²", "invalid_reward"),
+    ("scale: unit", "0,7", 0.7),
+    ("scale: unit", "0,125", 0.125),
+    ("scale: percent", "0,250", 0.0025),
+    ("scale: percent", "66,667", 0.6667),
+    ("scale: percent", "1,234,5", "invalid_reward"),
+    ("scale: percent", "1,5,2", "invalid_reward"),
+    ("scale: unit", "1,234/2000", "invalid_reward"),
+    ("scale: unit", "1/1,000", "invalid_reward"),
+    ("score: [0, 2000]", "1,500", "invalid_reward"),
+    ("score: [-2000, 0]", "-1,500", "invalid_reward"),
+    ("score: [0, 2000]", "500,0", 0.25),
+    ("score: [0, 2000], map: {'1,500': 1500}", "1,500", 0.75),
+    ("scale: sigmoid", "-0,0", 0.5),
+    ("scale: sigmoid", "1,234", "invalid_reward"),
     ("thumbs: {good: yes, bad: no}", "YES", 1.0),
     ("thumbs: {good: yes, bad: no}", False, 0.0),
     ("thumbs: {good: yes, bad: no}", 1, "invalid_label"),
@@ -225,6 +244,13 @@ _TWO = [
     ("field: x, preference: {first: -3, second: 3}, missing: -100", -100, "missing_label"),
     ("field: x, map: {A>B: 1, A=B: 0, B>A: -1}, preference: {first: 1, second: -1}", "b>a", 0.0),
     ("field: x, preference: {first: 100, second: 0}, strength: soft", "70%", 0.7),
+    ("field: x, preference: {first: 0, second: 1}, strength: soft", "0,7", 0.3),
+    ("field: x, preference: {first: 0, second: 1}, strength: soft", "１,0", 0.0),
+    ("field: x, preference: {first: 1, second: 2}", "1,4", 1.0),
+    ("field: x, preference: {first: 1, second: 2}", "1,2", "invalid_label"),
+    ("field: x, preference: {first: 2, second: 1}", "１,２", "invalid_label"),
+    ("field: x, sign: positive", "-0,5", 0.0),
+    ("field: x, compare: higher", ["4,5", "4.25"], 1.0),
     ("field: x, sign: positive", 2.75, 1.0),
     ("field: x, sign: positive", "-1e3", 0.0),
     ("field: x, sign: negative", -0.5, 1.0),
@@ -437,6 +463,19 @@ def test_a_share_stays_in_the_metadata_as_it_was_given(mapping):
     assert (row["raw_reward"], json.loads(row["metadata"])) == (4.0, {"label": "4/5"})
 
 
+def test_numbers_with_a_comma_are_counted_as_numbers_in_text(mapping):
+    made = mapping("prompt: q\nresponse: r\nlabel: {field: x, stars: 5}")
+    counts = touched.set(Counter())
+    try:
+        (row,) = _rows(made, {"q": "Q", "r": "A", "x": "4,5"})
+        assert (row["raw_reward"], touched.get()) == (4.5, {"numbers_as_text": 1})
+    finally:
+        touched.reset(counts)
+    sigmoid = mapping("prompt: q\nresponse: r\nlabel: {field: x, scale: sigmoid}")
+    with pytest.raises(Reject, match=r"may be 1234 or 1\.234"):
+        sigmoid.convert({"q": "Q", "r": "A", "x": "1,234"}, "s", Policy())
+
+
 def test_policies_apply(mapping):
     two = mapping("prompt: q\nfirst: a\nsecond: b\nlabel: {field: x, preference: {first: 0, second: 4}}")
     record = {"q": "Q", "a": "A", "b": "B", "x": 2}
@@ -472,6 +511,8 @@ WHERE = [
     ("x: yes", {"x": True}, True),
     ("x: done", {}, False),
     ("x: {above: 3}", {"x": "3.5"}, True),
+    ("x: {above: 3}", {"x": "３,5"}, True),
+    ("x: {above: 3}", {"x": "3,500"}, "wrong_type"),
     ("x: {above: 3, below: 4}", {"x": 4}, False),
     ("x: {at_least: 3, at_most: 3}", {"x": 3}, True),
     ("x: {above: 3}", {}, False),
@@ -753,6 +794,8 @@ _FUZZED = [
     "prompt: p\nfirst: r\nsecond: s\n"
     "label: {field: x, winner: {first: {field: m}, second: A}, swapped: {s: {above: 1}}}",
     "prompt: p\nfirst: r\nsecond: s\nlabel: {annotators: {x: {m: 1}, s: {p: {present: true}}}, sign: negative}",
+    "prompt: p\nfirst: r\nsecond: s\nlabel: {field: x, preference: {first: 1, second: 2}}",
+    "prompt: p\nresponse: r\nlabel: {field: x, score: [-1, 2000]}",
     "prompt: p\nfirst: r\nsecond: s\nlabel: {one_hot: {first: 'x[0]', second: 'x[1]'}}",
 ]
 
@@ -775,7 +818,7 @@ def test_any_record_becomes_rows_or_is_rejected(fuzzed, data):
         "r": data.draw(
             _json | st.just("A") | st.just(_TURNS) | st.just(["A", "B"]) | st.just([{"t": "A"}, {"t": "B"}])
         ),
-        "x": data.draw(_json | st.sampled_from([3, [1, 0], [1, 2], [{"v": "A", "u": 1}]])),
+        "x": data.draw(_json | st.sampled_from([3, "1,5", "1,2", "１,234", [1, 0], [1, 2], [{"v": "A", "u": 1}]])),
         "s": data.draw(_json | st.just("S")),
         "m": data.draw(_json | st.just("M")),
     }

@@ -11,12 +11,21 @@ from typing import Any
 
 from pipelines.converters.base import LeftOut, Policy
 from pipelines.converters.labels import annotator, compared, is_missing, some
-from pipelines.converters.messages import answer, as_json, facts, number, show, text
+from pipelines.converters.messages import answer, as_json, facts, show, text
 from pipelines.mapping import check, paths, values
 from pipelines.mapping.described import feedback_of, fields_of, labels_of
 from pipelines.mapping.drafting import draft
 from pipelines.mapping.joins import Join, index, joined, key_text, resolve
-from pipelines.mapping.judgements import Judgement, canonical, judge_many, judge_one, judge_two, judgements, known
+from pipelines.mapping.judgements import (
+    Judgement,
+    canonical,
+    judge_many,
+    judge_one,
+    judge_two,
+    judgements,
+    known,
+    read_number,
+)
 from schemas.errors import POLICY_REASONS, Reject, UsageError, UserError
 from schemas.feedback import Message, Row, demonstration
 
@@ -144,7 +153,7 @@ def _meets(value: Any, condition: Any, path: str) -> bool:
     if not bounds or blank:
         return not bounds
     try:
-        given = number(value, path)
+        given = read_number(value, path)
     except Reject as error:
         raise Reject("wrong_type", f"{error.detail}; a filter compares it with numbers") from None
     return all(_COMPARED[name](given, bound) for name, bound in bounds)

@@ -607,9 +607,8 @@ def _worded(values: list[str], worse: bool = False) -> list[str]:
     if len(shares := {v: share for v in values if (share := _share(v)) is not None}) == len(values):
         listed = ", ".join(f"{_in_quotes(v)}: {share:.6g}" for v, share in shares.items())
         return [f"  map: {{{listed}}}  # check: other values are rejected", "  scale: unit"]
-    if len(commas := {v: n for v in values if (n := _number(_with_point(v))) is not None}) == len(values):
-        listed = ", ".join(f"{_in_quotes(v)}: {n:g}" for v, n in commas.items())
-        return [f"  map: {{{listed}}}  # check: other values are rejected", *_scale([*commas.values()], [])]
+    if len(numbers := _numbers([_with_point(v) for v in values])) == len(values):
+        return _scale(numbers, [])
     if ordered := _ordered(values):
         return [f"  order: {_yaml(ordered)}  # check: must go from the worst to the best, the ones not seen too"]
     return _unordered(values)

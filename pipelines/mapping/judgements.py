@@ -27,7 +27,10 @@ Side = tuple[list[Message], str]  # a prompt and the response to it
 
 _SCALES = {"unit": (0.0, 1.0), "percent": (0.0, 100.0)}
 # "4/5", "4 out of 5" and "80%", with a point or a comma
-_SHARE = re.compile(r"(?P<n>[0-9]+([.,][0-9]+)?) *(%|(?:/|out of) *(?P<of>[0-9]+([.,][0-9]+)?))", re.IGNORECASE)
+_SHARE = re.compile(r"(?P<n>[0-9]+([.,][0-9]+)?)\s*(%|(?:/|out of)\s*(?P<of>[0-9]+([.,][0-9]+)?))", re.IGNORECASE)
+_WITH_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
+_PERHAPS_THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2},[0-9]{3}")
+_NARROW = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}  # full-width digits and signs
 _MODIFIERS = dict.fromkeys([0xFE0E, 0xFE0F, *range(0x1F3FB, 0x1F400)])  # how an emoji looks, not what it means
 
 
@@ -113,16 +116,36 @@ def _named_in(scope: Scope, groups: dict[str, Any]) -> dict[str, Any]:
     return {k: paths.needed(scope, v["field"]) if isinstance(v, dict) else v for k, v in groups.items()}
 
 
+def numeral(value: Any, where: str, most: float | None = None) -> Any:
+    """A text with its number as `number` reads it, from one in full-width digits or with a decimal comma.
+
+    A comma before three digits may part thousands too: it is decimal only on a scale that ends, at `most`, below 1000.
+    """
+    if not isinstance(value, str):
+        return value
+    said = value.translate(_NARROW).strip()
+    if _PERHAPS_THOUSANDS.fullmatch(said) and (most is None or most >= 1000):
+        told = f"{said.replace(',', '')} or {said.replace(',', '.')}"
+        raise Reject("invalid_reward", f"{where}: {show(value)} may be {told}; write it as one of them, or use map")
+    return said.replace(",", ".") if _WITH_COMMA.fullmatch(said) else said
+
+
+def read_number(value: Any, where: str, most: float | None = None) -> float:
+    """The number of a label, counted where it is text."""
+    return number(numeral(value, where, most), where)
+
+
 def _share(value: Any, where: str, most: float | None) -> Any:
     """A number that a text gives as a share, on the scale that ends at `most`; any other value as it is.
 
     "80%" and "4/5" are 0.8 of a scale from 0 to 1 or 0 to 100, and 4/5 is 4 on one that ends at 5; without `most` they
     are shares of 1.
     """
-    found = _SHARE.fullmatch(unicodedata.normalize("NFKC", value).strip()) if isinstance(value, str) else None
+    found = _SHARE.fullmatch(value.translate(_NARROW).strip()) if isinstance(value, str) else None
     if not found:
         return value
-    n, of = (float(given.replace(",", ".")) for given in (found["n"], found["of"] or "100"))
+    of = float(numeral(found["of"] or "100", where))
+    n = float(numeral(found["n"], where, of))
     if of == most:
         return n
     if most not in (None, 1, 100) or not of:
@@ -189,12 +212,13 @@ def judge_one(side: Side, value: Any, where: str, label: Label, policy: Policy, 
     if "order" in label:
         return _ordered(side, value, where, label["order"], facts)
     if label.get("scale") == "sigmoid":
-        raw = number(value, where)
+        raw = read_number(value, where)
         reward = _sigmoid(-raw if label.get("better") == "lower" else raw)
         return score(*side, reward, raw_reward=raw, **facts)
     low, high = _range(label)
     if (share := _share(value, where, high)) is not value:
         value, facts = share, _noted(facts, given)
+    value = numeral(value, where, max(abs(low), abs(high)))
     return rated(*side, value, where, low, high, policy, lower_is_better=label.get("better") == "lower", **facts)
 
 
@@ -257,13 +281,21 @@ def judge_two(
 def _p_first(value: Any, where: str, label: Label, policy: Policy, scope: Scope) -> float:
     if "preference" in label:
         ends = label["preference"]
-        place = number(_share(value, where, max(ends.values())), where)
+        place = _place(value, where, ends["first"], ends["second"])
         return preferred(place, ends["first"], ends["second"], policy)
     if "sign" in label:
-        size = number(value, where)
+        size = read_number(value, where)
         return 0.5 if not size else float((size > 0) == (label["sign"] == "positive"))
     name = value if "one_hot" in label else _among(value, _named_in(scope, label["winner"]), where)
     return {"first": 1.0, "second": 0.0, "tie": 0.5}[name]
+
+
+def _place(value: Any, where: str, first: float, second: float) -> float:
+    """A number between two ends. "1,2" is none between 1 and 2: where several can be ticked, it means both."""
+    both = (f"{first:g},{second:g}", f"{second:g},{first:g}")
+    if isinstance(value, str) and value.translate(_NARROW).strip() in both and 0 not in (first, second):
+        raise Reject("invalid_label", f"{where}: {show(value)} may be one number or both ends; use map")
+    return read_number(_share(value, where, max(first, second)), where, max(abs(first), abs(second)))
 
 
 def _hot(scope: Scope, label: Label) -> str | None:
@@ -288,8 +320,8 @@ def _two_numbers(value: Any, label: Label, where: str) -> tuple[float | None, fl
     if shares[0] is not first and shares[1] is not second:  # both are shares
         first, second = shares
     return (
-        None if first is None else number(first, f"{where}[0]"),
-        None if second is None else number(second, f"{where}[1]"),
+        None if first is None else read_number(first, f"{where}[0]"),
+        None if second is None else read_number(second, f"{where}[1]"),
     )
 
 
@@ -380,7 +412,7 @@ def _rank(value: Any, where: str, label: Label) -> float | None:
     value = value_of(value, label, where)
     if value is None:
         return None
-    place = number(value, where)
+    place = read_number(value, where)
     if place < label["rank"] or not place.is_integer():
         raise Reject("invalid_label", f"{where}: {show(value)} is no rank; the best is {label['rank']}")
     return place
