@@ -334,6 +334,36 @@ _SEVERAL = [
      "wrong_shape"),
     ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": {"a": "A", "b": "B"}, "x": [4, 1]},
      _of(("Q", "A", 1.0), ("Q", "B", 0.25))),
+    ("responses: r\nlabel: {field: x, ranking: best_only, names: 0}", {"r": ["A", "B", "C"], "x": 1},
+     _of(("Q", "B", 1.0), ("Q", "A", 0.25), ("Q", "C", 0.25))),
+    ("responses: r\nlabel: {field: x, ranking: best_only, names: 1}", {"r": ["A", "B", "C"], "x": "1"},
+     _of(("Q", "A", 1.0), ("Q", "B", 0.25), ("Q", "C", 0.25))),
+    ("responses: r\nlabel: {field: x, ranking: best_only, names: 1}", {"r": ["A", "B"], "x": 0}, "invalid_label"),
+    ("responses: r\nlabel: {field: x, ranking: best_only}", {"r": ["A", "1"], "x": 1}, "wrong_type"),
+    ("responses: r\nlabel: {field: x, ranking: best_only, names: r}", {"r": ["A, B > C", "B"], "x": "A, B > C"},
+     _of(("Q", "A, B > C", 1.0), ("Q", "B", 0.0))),
+    ("responses: r\nlabel: {field: x, ranking: best_only}", {"r": {"a": "A", "b": "B"}, "x": "b"},
+     _of(("Q", "B", 1.0), ("Q", "A", 0.0))),
+    ("responses: r\nlabel: {field: x, ranking: best_only}", {"r": {"a": "A", "b": "B", "c": "C"}, "x": ["b", "c"]},
+     _of(("Q", "B", 0.75), ("Q", "C", 0.75), ("Q", "A", 0.0))),
+    ("responses: [a, b]\nlabel: {field: x, ranking: best_only, missing: none}", {"a": "A", "b": "B", "x": "None"},
+     "missing_label"),
+    ("responses: r\nlabel: {field: x, ranking: best_only}", {"r": {"a": "A", "b": "B"}, "x": "c"}, "invalid_label"),
+    ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": {"a.b": "A", "b": "B"}, "x": {"b": 1, "A.b": 4}},
+     _of(("Q", "A", 1.0), ("Q", "B", 0.25))),
+    ("responses: r\nlabel: {field: x, stars: 5}", {"r": {"a": "A", "b": "B"}, "x": {"b": 1, "c d": 4, "e": None}},
+     [("x.c d", "missing_field"), ("r.a", "missing_label"), *_of(("Q", "B", 0.0))]),
+    ("responses: r\nlabel: {field: x, rank: 1}", {"r": {"a": "A", "b": "B"}, "x": {"b": 1, "a": 2}},
+     _of(("Q", "B", 1.0), ("Q", "A", 0.0))),
+    ("responses: 'r[*].t'\nlabel: {field: x, thumbs: {good: up, bad: down}, names: 'r[*].m'}",
+     {"r": [{"t": "A", "m": "m1"}, {"t": "B", "m": "m2"}], "x": {"m2": "up", "m1": "down"}},
+     _of(("Q", "A", 0.0), ("Q", "B", 1.0))),
+    ("responses: r\nlabel: {field: x, score: [0, 4], names: [m, n]}", {"r": ["A", "B"], "x": [4, 1]}, "wrong_type"),
+    ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": ["A", "B"], "x": {"a": 4}}, "wrong_type"),
+    ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": {"a": "A", "A": "B"}, "x": {"a": 4}}, "wrong_shape"),
+    ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": {"a": "A", "b": "B"}, "x": {"a": 4, "A": 1}},
+     "wrong_shape"),
+    ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": {"a": "A", "b": "B"}, "x": {"c": 4}}, "missing_field"),
     ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": ["A", "B"], "x": [4]}, "wrong_shape"),
     ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": ["A", "B"], "x": 4}, "wrong_type"),
     ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": ["A", "B"]}, "missing_label"),
@@ -407,6 +437,14 @@ def test_ranks_become_comparisons_where_the_policy_says_so(mapping):
     made = mapping("prompt: q\nresponses: r\nlabel: {field: x, rank: 0}")
     rows = _rows(made, {"q": "Q", "r": ["A", "B"], "x": [1, 0]}, rank_as="adjacent")
     assert [(r["response"], r["reward"], r["type"]) for r in rows] == [("B", 1, "pairwise"), ("A", 0, "pairwise")]
+
+
+@pytest.mark.parametrize("rank_as", ["adjacent", "all", "best_vs_rest"])
+def test_the_best_is_compared_with_each_other_one_whatever_the_policy(mapping, rank_as):
+    made = mapping("prompt: q\nresponses: r\nlabel: {field: x, ranking: best_only, names: 0}")
+    assert made.labels == "the name of the best response"
+    found = made.convert({"q": "Q", "r": ["A", "B", "C"], "x": 2}, "s", Policy(rank_as=rank_as, ties="half"))
+    assert [(r["response"], r["reward"]) for r in found] == [("C", 1), ("A", 0), ("C", 1), ("B", 0)]
 
 
 def test_every_annotator_makes_rows_of_their_own(mapping):
@@ -596,7 +634,9 @@ WRONG = [  # the YAML, what the error says, and whether the JSON Schema can say 
     ("prompt: q\nresponses: [a, b]\nlabel: {field: x, ranking: best_first, names: [a]}", "1 names for 2", False),
     ("prompt: q\nresponses: [a, [b]]\nlabel: {field: x, ranking: best_first}", "label.names: missing", False),
     ("prompt: q\nresponses: [a, b]\nlabel: {fields: [x, y], ranking: best_first}", "ranking needs field", False),
-    ("prompt: q\nresponses: r\nlabel: {field: x, rank: 1, names: n}", "label.names: only with ranking", False),
+    (_OK + "label: {field: x, stars: 5, names: n}", "label.names: only with field, where several", False),
+    ("prompt: q\nresponses: [a, b]\nlabel: {fields: [x, y], stars: 5, names: n}", "label.names: only with", False),
+    ("prompt: q\nresponses: [a, b]\nlabel: {field: x, stars: 5, names: [m]}", "1 names for 2 responses", False),
     (_OK + "label: {field: x, stars: 5, swapped: {o: BA}}", "are for first and second only", False),
     (_PAIR + "label: {field: x, sign: plus}", "label.sign: 'plus' is not valid", True),
     (_PAIR + "label: {field: x, sign: positive, swapped: {}}", "label.swapped: expected at least one key", True),
@@ -791,6 +831,10 @@ _FUZZED = [
     "{conversation: s}, {user: m}]}\nresponse: item\nlabel: {field: x, scale: sigmoid}",
     "prompt: p\nresponses: r\nlabel: {field: x, ranking: worst_first, missing: A}",
     "prompt: p\nresponses: r\nlabel: {field: x, ranking: best_first, names: m}",
+    "prompt: p\nresponses: r\nlabel: {field: x, ranking: best_only, names: r}",
+    "prompt: p\nresponses: r\nlabel: {field: x, ranking: best_only, names: 0}",
+    "prompt: p\nresponses: r\nlabel: {field: x, scale: sigmoid, names: 1}",
+    "prompt: p\nresponses: r\nlabel: {field: r, thumbs: {good: A, bad: B}, missing: M}",
     "prompt: p\nfirst: r\nsecond: s\n"
     "label: {field: x, winner: {first: {field: m}, second: A}, swapped: {s: {above: 1}}}",
     "prompt: p\nfirst: r\nsecond: s\nlabel: {annotators: {x: {m: 1}, s: {p: {present: true}}}, sign: negative}",

@@ -282,5 +282,6 @@ def _of_several(
             sides.append((where, error))
     label = spec["label"]
     (said,) = judgements(scope, label)
-    names = values.names_of(scope, spec["responses"], label.get("names")) if "ranking" in label else ()
+    by_name = "ranking" in label or "names" in label or isinstance(said.value, dict)
+    names = values.names_of(scope, spec["responses"], label.get("names")) if by_name else ()
     return judge_many(sides, said.value, said.where, label, policy, names, **facts)

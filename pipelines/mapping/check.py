@@ -216,15 +216,15 @@ def _check_order(label: Spec, spec: Spec, file: str, kind: str) -> None:
     if "swapped" in label and isinstance(label.get("annotators"), dict):
         fail(file, "label.swapped", "not with orders of annotators: say there when each saw the other order")
     several, names = spec.get("responses"), label.get("names")
-    if kind != "ranking":
-        return
-    if "field" not in label or "fields" in label:
-        fail(file, "label", "ranking needs field: where the list of names is")
-    if isinstance(several, list):
-        if isinstance(names, list) and len(names) != len(several):
-            fail(file, "label.names", f"{len(names)} names for {len(several)} responses")
-        if names is None and not all(isinstance(one, str) for one in several):
-            fail(file, "label.names", "missing: what the ranking calls each response")
+    named = isinstance(several, list) and all(isinstance(one, str) for one in several)
+    if names is not None and ("field" not in label or several is None):
+        fail(file, "label.names", "only with field, where several responses are judged by their names")
+    if isinstance(names, list) and isinstance(several, list) and len(names) != len(several):
+        fail(file, "label.names", f"{len(names)} names for {len(several)} responses")
+    if kind == "ranking" and "field" not in label:
+        fail(file, "label", "ranking needs field: where the names are")
+    if kind == "ranking" and names is None and isinstance(several, list) and not named:
+        fail(file, "label.names", "missing: what the ranking calls each response")
 
 
 def _check_where_it_is(label: Spec, spec: Spec, file: str, kind: str) -> None:
@@ -259,8 +259,6 @@ def _check_scale(label: Spec, file: str, kind: str) -> None:
         fail(file, "label.preference", "first and second are the same number")
     if "better" in label and kind not in ("score", "stars", "scale"):
         fail(file, "label.better", f"only with score, stars or scale, not with {kind}")
-    if "names" in label and kind != "ranking":
-        fail(file, "label.names", f"only with ranking, not with {kind}")
     if "strength" in label and kind != "preference":
         fail(file, "label.strength", f"only with preference, not with {kind}")
 

@@ -337,16 +337,21 @@ def judge_many(
     names: Sequence[Any] = (),
     **facts: Any,
 ) -> list[Row | LeftOut]:
-    """The rows of several responses, with a list of their labels in the same order, or of their `names` in another."""
+    """The rows of several responses, with their labels in a list in the same order, or by their `names`."""
+    made: list[Row | LeftOut] = [LeftOut(at, s.reason, s.detail) for at, s in sides if isinstance(s, Reject)]
     if "ranking" in label:
         values = _places_of(value, names, where, label)
+        if label["ranking"] == "best_only" and policy.rank_as != "scores":  # of the others, none is said to be better
+            policy = dataclasses.replace(policy, rank_as="best_vs_rest")
+    elif names:
+        values, nobody = _labels_of(value, names, where)
+        made += nobody
     else:
         values = value if isinstance(value, list) else [None] * len(sides) if value is None else value
     if not isinstance(values, list):
         raise Reject("wrong_type", f"{where}: expected a list of labels, got {show(value)}")
     if len(values) != len(sides):
         raise Reject("wrong_shape", f"{where}: {len(values)} labels for {len(sides)} responses")
-    made: list[Row | LeftOut] = [LeftOut(at, s.reason, s.detail) for at, s in sides if isinstance(s, Reject)]
     usable = [(at, s, v) for (at, s), v in zip(sides, values, strict=True) if not isinstance(s, Reject)]
     if "rank" in label or "ranking" in label:
         return some(made + (_ranked(usable, where, label, policy, facts) if usable else []))
@@ -358,11 +363,39 @@ def judge_many(
     return some(made)
 
 
+def _distinct(names: Sequence[Any], where: str) -> list[str]:
+    """The names of the responses as they are compared."""
+    said = [canonical(name) for name in names]
+    if twice := next((name for name in said if said.count(name) > 1), None):
+        raise Reject("wrong_shape", f"two responses are called {show(twice)}, so that {where} can judge neither")
+    return said
+
+
+def _labels_of(value: Any, names: Sequence[Any], where: str) -> tuple[list[Any], list[LeftOut]]:
+    """The label of each of `names` in an object of them, and those in it that no response has."""
+    if value is None:
+        return [None] * len(names), []
+    if not isinstance(value, dict):
+        raise Reject("wrong_type", f"{where}: expected the labels by the responses' names, got {show(value)}")
+    known_names = _distinct(names, where)
+    found: dict[str, Any] = {}
+    strange: list[LeftOut] = []
+    for key, one in value.items():
+        if (name := canonical(key)) in found:
+            raise Reject("wrong_shape", f"{where}: {show(key)} is there twice")
+        found[name] = one
+        if name not in known_names and not is_missing(one):
+            at = f"{where}.{paths.quoted(key)}"
+            strange.append(LeftOut(at, "missing_field", f"no response is called {show(key)}"))
+    return [found.get(name) for name in known_names], strange
+
+
 def _places_of(value: Any, names: Sequence[Any], where: str, label: Label) -> list[int | None]:
-    """The place of each of `names`, 1 for the best, in a ranking that lists them; None for one it leaves out."""
-    known_names = [canonical(name) for name in names]
-    if twice := next((name for name in known_names if known_names.count(name) > 1), None):
-        raise Reject("wrong_shape", f"two responses are called {show(twice)}, so that {where} can rank neither")
+    """The place of each of `names`, 1 for the best, in a ranking that lists them; None for one it leaves out.
+
+    Where only the best is named, the others share the place behind it.
+    """
+    known_names = _distinct(names, where)
     groups = _groups(value, label)
     if label["ranking"] == "worst_first":
         groups.reverse()
@@ -374,7 +407,8 @@ def _places_of(value: Any, names: Sequence[Any], where: str, label: Label) -> li
                 why = "is there twice" if name in places else f"is none of {_listed(names)}"
                 raise Reject("invalid_label", f"{where}: {show(name)} {why}")
             places[name] = place
-    return [places.get(name) for name in known_names]
+    behind = len(places) + 1 if label["ranking"] == "best_only" and places else None
+    return [places.get(name, behind) for name in known_names]
 
 
 def _groups(value: Any, label: Label) -> list[list[Any]]:
@@ -382,6 +416,8 @@ def _groups(value: Any, label: Label) -> list[list[Any]]:
     scalar = not isinstance(value, list | dict)
     if scalar and (is_missing(value) or ("missing" in label and canonical(value) in known(label["missing"]))):
         return []
+    if label["ranking"] == "best_only":
+        return [value if isinstance(value, list) else [value]]
     if isinstance(value, str):
         return [re.split(r"[=~≈]", part) for part in re.split(">" if ">" in value else r"[,;\n]", value)]
     return [one if isinstance(one, list) else [one] for one in (value if isinstance(value, list) else [value])]

@@ -124,7 +124,9 @@ _SIDE = {
 _WINNERS = {"first": _ref("side"), "second": _ref("side"), "tie": _ref("plains")}
 _LABEL = _object(
     {
-        "field": _ref("path", "where the label is; with several responses, a list of their labels"),
+        "field": _ref(
+            "path", "where the label is; with several responses, a list of their labels, or an object by name"
+        ),
         "fields": _list(_ref("path"), 2) | {"description": "the label of each response, in their order"},
         "annotators": {
             "anyOf": [_list(_ref("path")), {"type": "object", "additionalProperties": _ref("swapped")}],
@@ -139,12 +141,14 @@ _LABEL = _object(
         "order": _list(_ref("plain"), 2) | {"description": "words from the worst to the best"},
         "rank": {"enum": [0, 1], "description": "ranks, of which the best is 0 or 1"},
         "ranking": {
-            "enum": ["best_first", "worst_first"],
-            "description": "a list of the responses' names in their order, equal ones in a list; or a text, A > B = C",
+            "enum": ["best_first", "worst_first", "best_only"],
+            "description": "a list of the responses' names in their order, equal ones in a list; or a text, A > B = C; "
+            "best_only: the name of the best alone",
         },
         "names": {
             "anyOf": [_ref("path"), _list(_ref("plain")), {"enum": [0, 1]}],
-            "description": "with `ranking`: the names; by default the object's keys or the fields; 0 or 1: places from",
+            "description": "what the label calls each of several responses, in a ranking or as the keys of an object; "
+            "by default the keys in their object, or their fields; 0 or 1: places from",
         },
         "winner": _object(_WINNERS, required=["first", "second"]),
         "preference": _object(

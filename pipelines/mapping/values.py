@@ -60,6 +60,8 @@ def names_of(scope: Scope, given: str | list[Given], names: Any) -> list[Any]:
         if not isinstance(told, list) or any(isinstance(name, list | dict) for name in told):
             raise Reject("wrong_type", f"{names}: expected a list of names, got {show(told)}")
         return told
+    if isinstance(found, list) and found is not given:
+        raise Reject("wrong_type", f"{given} is a list: say in label.names what its elements are called")
     return list(found)
 
 
