@@ -375,7 +375,11 @@ _SEVERAL = [
      {"r": ["A", "B"], "x": 1}, [(["user: Q"], "A", 0.0), ("r[1]", "filtered")]),
     ("each: r\nresponse: item\nlabel: {field: x, stars: 5}\nwhere: {item: {not: B}}", {"r": ["B", ""], "x": 1},
      "empty_response"),
-    ("each: r\nresponse: item\nlabel: {field: x, stars: 5}", {"r": {}}, "wrong_type"),
+    ("each: r\nresponse: item\nlabel: {field: x, stars: 5}", {"r": {}}, "missing_field"),
+    ("each: r\nresponse: item\nlabel: {field: x, stars: 5}", {"r": "A"}, "wrong_type"),
+    ("each: {field: r, before: b}\nresponse: item.t\nlabel: {field: item.x, stars: 5}\nwhere: {key: {not: m.1}}",
+     {"r": {"m.1": {"t": "A", "x": 1}, "m 2": {"t": "B", "x": 5}, "m3": {"x": 5}}, "key": "m.1"},
+     [(["user: Q"], "B", 1.0), ("r.m3", "missing_field"), ('r."m.1"', "filtered")]),
 ]  # fmt: skip
 
 
@@ -465,6 +469,24 @@ def test_every_annotator_makes_rows_of_their_own(mapping):
     for votes, reason in [([], "missing_label"), (None, "missing_label"), ("a", "wrong_type")]:
         assert _outcome(listed, record | {"votes": votes}) == reason
     assert listed.labels == "first: a; second: b; tie: tie"
+
+
+def test_the_keys_of_an_object_of_votes_may_be_the_annotators(una_here, tmp_path):
+    record = {"q": "Q", "a": "A", "b": "B", "votes": {"alice": "A", "bob": "B", "cy": None}}
+    write_jsonl(tmp_path / "x.jsonl", [record])
+    text = "prompt: q\nfirst: a\nsecond: b\nlabel: {each: votes, field: annotation%s, winner: {first: A, second: B}}"
+    (tmp_path / "m.yaml").write_text(text % ", by: key")
+    code, out, err = una_here("inspect", tmp_path / "x.jsonl", "--mapping", tmp_path / "m.yaml", "--json")
+    assert code == 0, err
+    facts = json.loads(out.strip().splitlines()[-1])["files"][0]
+    alice, bob = annotator("alice"), annotator("bob")
+    assert {(r["response"], r["reward"], r["labeller"]) for r in facts["rows"]} <= {
+        ("A", 1.0, alice), ("B", 0.0, alice), ("B", 1.0, bob), ("A", 0.0, bob)
+    }  # fmt: skip
+    assert facts["rejected_parts"] == {"missing_label": 1}
+    (tmp_path / "m.yaml").write_text(text % "")  # nobody said that the keys are people
+    made = load(str(tmp_path / "m.yaml")).convert(record, "s", Policy())
+    assert {m["labeller"] for m in made if not isinstance(m, LeftOut)} == {None}
 
 
 def test_every_annotator_may_have_seen_another_order(mapping):
@@ -648,6 +670,7 @@ WRONG = [  # the YAML, what the error says, and whether the JSON Schema can say 
     (_OK + "label: {field: x, stars: 5}\nwhere: {x: {matches: '('}}", "where.x.matches", False),
     (_OK + "label: {field: x, stars: 5}\njoin: {a: {on: k}}", "join.a: file is missing; needed are file, on", True),
     (_OK + "label: {field: x, stars: 5}\njoin: {item: {file: f, on: k}}\neach: l", "the name 'item' is taken", False),
+    (_OK + "label: {field: x, stars: 5}\neach: l\njoin: {key: {file: f, on: k}}", "the name 'key' is taken", False),
     (_OK + "label: {field: x, stars: 5}\neach: {field: l, before: item}", "each.before: the name 'item'", False),
     ("prompt: {turns: [{user: {field: q, unwrap: '('}}]}\ndemonstration: d", "prompt.turns[0].user.unwrap", False),
     (_OK + "label: {field: x, stars: 5}\njoin: {a: {file: f, on: k, key: [l, m]}}", "2 fields, but `on` has 1", False),
@@ -824,6 +847,8 @@ _FUZZED = [
     "prompt: p\nresponses: 'r[*].t'\nlabel: {field: x, rank: 0}\nlabeller: {field: m, prefix: 'judge:'}",
     "prompt: p\nresponses: r\nlabel: {field: x, scale: sigmoid, better: lower}",
     "each: r\nprompt: [p, s]\nresponse: item\nlabel: {field: x, thumbs: {good: [good, 1], bad: [A, 0]}}",
+    "prompt: p\nfirst: r\nsecond: s\n"
+    "label: {each: x, field: annotation, by: key, winner: {first: A, second: [good, 1]}}",
     "demonstration: {rounds: {user: p, assistant: r, count: x}}\nmetadata: {m: m, s: s}",
     "each: {field: r, as: t, before: b}\nprompt: {field: b, messages: {content: t}}\nresponse: t\n"
     "label: {field: t.x, thumbs: {good: [good, 1], bad: [A, 0]}}",

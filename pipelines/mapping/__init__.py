@@ -54,10 +54,11 @@ class Mapping:
         """Where the mapping names a field of the record that holds labels or annotators, and that field."""
         if "each" in self.spec:  # a path may lead into the element
             return []
-        joined = {join.name for join in self.joins} | {"annotation"}
+        others = {join.name for join in self.joins}
+        others |= {"annotation", "key"} if "each" in self.spec.get("label", {}) else set()
         found = [(where, paths.parse(path)[0]) for where, path in check.named_paths(self.spec)]
         of_labels = [(where, str(key)) for where, key in found if where.startswith("label")]
-        return [(where, key) for where, key in of_labels if key not in joined]
+        return [(where, key) for where, key in of_labels if key not in others]
 
     def convert(self, record: dict[str, Any], source: str, policy: Policy) -> list[Row | LeftOut]:
         """The rows of a record, as a converter makes them; raises `Reject` if there are none."""
@@ -95,21 +96,19 @@ def _join(join: str, given: dict[str, Any], spec: dict[str, Any], path: str) -> 
 
 
 def _exploded(mapping: Mapping, record: Scope, source: str, policy: Policy) -> list[Row | LeftOut]:
-    """The rows of every element of a list; an element that cannot be used is left out."""
+    """The rows of every element of a list or an object; an element that cannot be used is left out."""
     where = check.each_path(mapping.spec)
-    items = paths.needed(record, where)
-    if not isinstance(items, list):
-        raise Reject("wrong_type", f"{where}: expected a list, got {show(items)}")
+    items = paths.elements(paths.needed(record, where), where, "items")
     if not items:
         raise Reject("missing_field", f"{where} is empty")
     name, before = check.item_name(mapping.spec), check.before_name(mapping.spec)
     made: list[Row | LeftOut] = []
-    for i, item in enumerate(items):
-        earlier = {before: items[:i]} if before else {}
+    for i, (place, key, item) in enumerate(items):
+        earlier = {before: [one for _, _, one in items[:i]]} if before else {}
         try:
-            made += _convert(mapping, {**record, **earlier, name: item}, source, policy)
+            made += _convert(mapping, {**record, **paths.under(key), **earlier, name: item}, source, policy)
         except Reject as error:
-            made.append(LeftOut(f"{where}[{i}]", error.reason, error.detail))
+            made.append(LeftOut(place, error.reason, error.detail))
     return _some(made)
 
 

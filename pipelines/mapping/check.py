@@ -294,6 +294,7 @@ def _safe_spellings(value: Any, file: str, where: str) -> list[str]:
 
 def _check_names(spec: Spec, file: str) -> None:
     names = ["annotation", *([item_name(spec)] if "each" in spec else [])]
+    names += ["key"] if "each" in spec or "each" in spec.get("label", {}) else []
     if (before := before_name(spec)) in names:
         fail(file, "each.before", f"the name {before!r} is taken; give another")
     names += [before] if before else []

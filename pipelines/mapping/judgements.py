@@ -184,16 +184,13 @@ def judgements(scope: Scope, label: Label) -> list[Judgement]:
 
 
 def _annotations(scope: Scope, label: Label) -> list[Judgement]:
-    where = label["each"]
-    found = paths.find(scope, where)
-    if not isinstance(found, list | None):
-        raise Reject("wrong_type", f"{where}: expected a list of annotations, got {show(found)}")
+    found = paths.find(scope, label["each"])
     made = []
-    for i, one in enumerate(found or []):
-        inner = {**scope, "annotation": one}
+    for where, key, one in paths.elements([] if found is None else found, label["each"], "annotations"):
+        inner = {**scope, **paths.under(key), "annotation": one}
         by = paths.find(inner, label["by"]) if "by" in label else None
         who = None if is_missing(by) else annotator(key_text(by, label["by"]))
-        made.append(Judgement(f"{where}[{i}]", paths.find(inner, label["field"]), who, inner, label.get("swapped")))
+        made.append(Judgement(where, paths.find(inner, label["field"]), who, inner, label.get("swapped")))
     return made
 
 

@@ -132,7 +132,9 @@ _LABEL = _object(
             "anyOf": [_list(_ref("path")), {"type": "object", "additionalProperties": _ref("swapped")}],
             "description": "columns of labels, one for each annotator; or column: when they saw the other order",
         },
-        "each": _ref("path", "a list of annotations, each of them an `annotation` in `field` and `by`"),
+        "each": _ref(
+            "path", "a list of annotations, or an object: each an `annotation` in `field` and `by`, and its `key`"
+        ),
         "by": _ref("path", "with `each`: who made the annotation"),
         "score": _list({"type": "number"}, 2, 2) | {"description": "a number from low to high"},
         "stars": {"type": "integer", "minimum": 2, "description": "a number from 1 to this"},
@@ -256,8 +258,8 @@ SHAPE: Shape = {
                     _ref("path"),
                     _object({"field": _ref("path"), "as": _NAME, "before": _NAME}, required=["field"]),
                 ],
-                "description": "a list whose elements are items of their own; `item` in paths, or as `as` says; "
-                "`before` names the list of those before it",
+                "description": "a list or object whose elements are items of their own; `item` in paths, or as `as` "
+                "says; `key` is that of an object, and `before` names the list of the elements before it",
             },
             "json": _ref("paths", "fields that hold JSON text"),
             "where": {

@@ -35,14 +35,10 @@ def several(scope: Scope, given: str | list[Given]) -> list[tuple[str, Any]]:
     """Where each of several responses comes from, and the value there (the turns where it is made, or None)."""
     if isinstance(given, list):
         return [(f"responses[{i}]", one) for i, one in enumerate(given)]
-    found = paths.needed(scope, given)
-    if not isinstance(found, list | dict):
-        raise Reject("wrong_type", f"{given}: expected a list of responses, or an object of them, got {show(found)}")
+    found = paths.elements(paths.needed(scope, given), given, "responses")
     if not found:
         raise Reject("missing_field", f"{given} is empty")
-    if isinstance(found, dict):
-        return [(f"{given}.{paths.quoted(str(key))}", value) for key, value in found.items()]
-    return [(f"{given}[{i}]", value) for i, value in enumerate(found)]
+    return [(where, value) for where, _, value in found]
 
 
 def names_of(scope: Scope, given: str | list[Given], names: Any) -> list[Any]:
