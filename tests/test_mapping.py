@@ -601,6 +601,25 @@ def test_absent_fields_come_with_advice(mapping):
             made.convert(record, "s", Policy())
 
 
+def test_a_file_of_one_object_keyed_by_ids(una_here, tmp_path):
+    found = {f"conv-{i}": {"prompt": f"q{i}", "response": "r", "stars": i} for i in range(4)}
+    (tmp_path / "x.json").write_text(json.dumps(found))
+    (tmp_path / "m.yaml").write_text(
+        "each: .\nprompt: item.prompt\nresponse: item.response\nlabel: {field: item.stars, stars: 5}\n"
+        "metadata: {id: key}"
+    )
+    code, out, err = una_here("inspect", tmp_path / "x.json", "--mapping", tmp_path / "m.yaml", "--json")
+    assert code == 0, err
+    facts = json.loads(out.strip().splitlines()[-1])["files"][0]
+    assert (facts["sampled"], facts["rejected"], facts["rejected_parts"]) == (4, {"reward_out_of_range": 1}, {})
+    assert [json.loads(row["metadata"])["id"] for row in facts["rows"]] == ["conv-1", "conv-2", "conv-3"]
+    made = load(str(tmp_path / "m.yaml"))
+    assert _outcome(made, found)[0] == ("record.conv-0", "reward_out_of_range")
+    assert _outcome(made, {}) == "missing_field"
+    code, _, err = una_here("inspect", tmp_path / "x.json")
+    assert "(a mapping with `each: .` reads them one by one), which may be a table" in err
+
+
 # --- what is wrong with a mapping -----------------------------------------------------------------
 
 _OK = "prompt: q\nresponse: r\n"
@@ -849,6 +868,7 @@ _FUZZED = [
     "each: r\nprompt: [p, s]\nresponse: item\nlabel: {field: x, thumbs: {good: [good, 1], bad: [A, 0]}}",
     "prompt: p\nfirst: r\nsecond: s\n"
     "label: {each: x, field: annotation, by: key, winner: {first: A, second: [good, 1]}}",
+    "each: .\nprompt: key\nresponse: item\nlabel: {field: item, scale: sigmoid}",
     "demonstration: {rounds: {user: p, assistant: r, count: x}}\nmetadata: {m: m, s: s}",
     "each: {field: r, as: t, before: b}\nprompt: {field: b, messages: {content: t}}\nresponse: t\n"
     "label: {field: t.x, thumbs: {good: [good, 1], bad: [A, 0]}}",

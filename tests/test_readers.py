@@ -266,6 +266,29 @@ def test_what_pandas_writes(tmp_path):
         assert found == ROWS, orient
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_members_are_records_of_one_key(tmp_path, indent):
+    value = {"a, b": {"x": ["}"]}, "{": "y", "0": 1.5, "": {}}
+    path = tmp_path / "x.json"
+    path.write_bytes(json.dumps(value, indent=indent).encode("utf-8-sig"))
+    found = list(readers.records(readers.Range(str(path), "members")))
+    assert [raw.value for raw in found] == [{key: one} for key, one in value.items()]
+    assert [(raw.position, json.loads(raw.payload)) for raw in found] == [(i, r.value) for i, r in enumerate(found, 1)]
+
+
+def test_damaged_members(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"a": {"x": 1}, "b" {}, 3, "c": 1}\n')
+    first, *bad, last = (raw.value for raw in readers.records(readers.Range(str(path), "members")))
+    assert (first, [one.reason for one in bad], last) == ({"a": {"x": 1}}, ["invalid_json"] * 2, {"c": 1})
+    for text, told in [('{"a": 1', "breaks off"), ('{"a": 1} {"b": 2}', "more follows"), ("{", "breaks off")]:
+        path.write_text(text)
+        with pytest.raises(UserError, match=told):
+            list(readers.records(readers.Range(str(path), "members")))
+    path.write_text('[{"a": 1}, {"b": 2}]')
+    assert [raw.value for raw in readers.records(readers.Range(str(path), "members"))] == [{"a": 1}, {"b": 2}]
+
+
 def test_two_columns_of_one_name_in_a_table(tmp_path):
     (tmp_path / "x.json").write_text('{"columns": ["a", "a"], "data": [[1, 2]]}')
     with pytest.raises(UserError, match="two columns are called 'a'"):

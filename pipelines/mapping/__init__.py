@@ -50,6 +50,11 @@ class Mapping:
         """The joined files, on whose bytes the rows depend too."""
         return sorted({file for join in self.joins for file in join.files})
 
+    @property
+    def of_members(self) -> bool:
+        """Whether the members of a record are items, so that a file of one object holds as many records as members."""
+        return "each" in self.spec and check.each_path(self.spec) == check.WHOLE
+
     def labels_in(self) -> list[tuple[str, str]]:
         """Where the mapping names a field of the record that holds labels or annotators, and that field."""
         if "each" in self.spec:  # a path may lead into the element
@@ -98,7 +103,10 @@ def _join(join: str, given: dict[str, Any], spec: dict[str, Any], path: str) -> 
 def _exploded(mapping: Mapping, record: Scope, source: str, policy: Policy) -> list[Row | LeftOut]:
     """The rows of every element of a list or an object; an element that cannot be used is left out."""
     where = check.each_path(mapping.spec)
-    items = paths.elements(paths.needed(record, where), where, "items")
+    if mapping.of_members:
+        items, where, record = paths.elements(record, "record", "items"), "the record", {}
+    else:
+        items = paths.elements(paths.needed(record, where), where, "items")
     if not items:
         raise Reject("missing_field", f"{where} is empty")
     name, before = check.item_name(mapping.spec), check.before_name(mapping.spec)

@@ -20,6 +20,7 @@ from schemas.settings_file import read as read_yaml
 
 Spec = dict[str, Any]
 SIDES = ("response", "demonstration", "chosen", "rejected", "first", "second")
+WHOLE = "."  # the record itself, where its members are items
 _LABEL_PATHS = ("field", "fields", "annotators", "by", "each", "one_hot")
 
 _NAME_PATHS = ("field", "fields", "first", "second", "tie", "user", "assistant", "count")
@@ -79,8 +80,10 @@ def _spelt(key: Any, file: str, where: str) -> list[str]:
 
 def named_paths(spec: Spec) -> Iterator[tuple[str, str]]:
     """Where in the mapping a path stands, and the path; the keys of joined files are not among them."""
-    for key in ("prompt", "system", *SIDES, "responses", "json", "each"):
+    for key in ("prompt", "system", *SIDES, "responses", "json"):
         yield from _paths_in(spec.get(key), key)
+    if "each" in spec and each_path(spec) != WHOLE:
+        yield from _paths_in(spec["each"], "each")
     kept = spec.get("metadata", [])
     yield from _paths_in(list(kept.values()) if isinstance(kept, dict) else kept, "metadata")
     label = spec.get("label", {})
@@ -300,7 +303,7 @@ def _check_names(spec: Spec, file: str) -> None:
     names += [before] if before else []
     for join, given in spec.get("join", {}).items():
         name = given.get("as", join)
-        if "each" in spec and paths.parse(each_path(spec))[0] == name:
+        if "each" in spec and each_path(spec) != WHOLE and paths.parse(each_path(spec))[0] == name:
             fail(file, "each", f"a list of the record itself is exploded, before {join} is joined")
         if name in names:
             fail(file, f"join.{join}", f"the name {name!r} is taken; give another with `as`")

@@ -259,7 +259,8 @@ SHAPE: Shape = {
                     _object({"field": _ref("path"), "as": _NAME, "before": _NAME}, required=["field"]),
                 ],
                 "description": "a list or object whose elements are items of their own; `item` in paths, or as `as` "
-                "says; `key` is that of an object, and `before` names the list of the elements before it",
+                "says; `key` is that of an object, and `before` names the list of the elements before it; "
+                "`.` is the record, or a file that is one object, itself",
             },
             "json": _ref("paths", "fields that hold JSON text"),
             "where": {

@@ -41,7 +41,7 @@ class Range:
     """A piece of a file that one worker reads: bytes (jsonl), row groups (parquet) or the whole file."""
 
     path: str
-    kind: str  # one of KINDS
+    kind: str  # one of KINDS; members: a JSON object whose members are records
     start: int = 0
     stop: int = -1  # -1: to the end
     first: int = 1  # position of its first record
