@@ -594,6 +594,16 @@ def test_filters(mapping, where, record, passes):
     assert _outcome(made, record) == expected
 
 
+def test_numbers_for_texts_come_with_advice(mapping):
+    record = {"q": "2 * 21?", "a": 42}
+    for response in ("a", "{field: a, strip: true}"):
+        with pytest.raises(Reject, match=r'write \{template: "\{a\}"\}') as error:
+            mapping(f"prompt: q\ndemonstration: {response}").convert(record, "s", Policy())
+        assert error.value.reason == "wrong_type"
+    made = mapping('prompt: q\ndemonstration: {template: "{a}"}')
+    assert _outcome(made, record) == [(["user: 2 * 21?"], "42", 1.0)]
+
+
 def test_absent_fields_come_with_advice(mapping):
     made = mapping("prompt: a.b\ndemonstration: {text: A}")
     for record, advice in [({"a.b": "Q"}, "must be quoted"), ({"a": '{"b": 1}'}, "`json: [a]`"), ({"c": 1}, "are c")]:

@@ -117,7 +117,7 @@ def _as_turns(value: Any, where: str, role: str | None) -> list[Message]:
 def _made(scope: Scope, given: Given, where: str) -> Any:
     """The value of a prompt or response before it is cut into turns."""
     if isinstance(given, str):
-        return paths.needed(scope, given)
+        return _no_number(paths.needed(scope, given), given, where)
     if isinstance(given, list):
         return _joined(scope, given, [], "\n\n")
     if "text" in given:
@@ -127,10 +127,18 @@ def _made(scope: Scope, given: Given, where: str) -> Any:
     elif "fields" in given:
         value = _joined(scope, given["fields"], given.get("optional", []), given.get("separator", "\n\n"))
     elif "field" in given:
-        value = paths.needed(scope, given["field"])
+        value = _no_number(paths.needed(scope, given["field"]), given["field"], where)
     else:
         raise Reject("wrong_type", f"{where}: expected one text, got turns")
     return _trimmed(value, given, where)
+
+
+def _no_number(value: Any, path: str, where: str) -> Any:
+    """The value, if it is no number, which is a text in a template only."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        told = f'{where}: expected text, got {show(value)}; to take numbers as text write {{template: "{{{path}}}"}}'
+        raise Reject("wrong_type", told)
+    return value
 
 
 def _trimmed(value: Any, given: dict[str, Any], where: str) -> Any:
