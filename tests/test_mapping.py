@@ -1,6 +1,7 @@
 """Mappings: golden rows for every way to say something, errors that name their place, joins, drafts, real files."""
 
 import contextlib
+import datetime
 import json
 import pickle
 import re
@@ -8,6 +9,8 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import REPO, write_jsonl
 from hypothesis import given, settings
@@ -562,6 +565,24 @@ def test_raw_values_and_facts_are_kept(mapping):
     (row,) = _rows(words, {"q": "Q", "r": "A", "x": "Good", "who": "Ann"})
     assert json.loads(row["metadata"]) == {"label": "Good"}
     assert (row["raw_reward"], row["labeller"]) == (None, annotator("Ann"))
+
+
+def test_metadata_of_a_table(una_here, tmp_path):
+    table = {"q": ["Q"], "a": ["A"], "x": [5], "ts": [datetime.datetime(2024, 1, 31, 12)], "b": [b"\xff"]}
+    table["s"] = [{"b": b"\xff"}]
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    text = "prompt: q\nresponse: a\nlabel: {field: x, stars: 5}\nmetadata: [ts]\nwhere: {ts: {matches: ^2024-01}}"
+
+    def inspected():
+        (tmp_path / "m.yaml").write_text(text)
+        code, out, err = una_here("inspect", tmp_path / "x.parquet", "--mapping", tmp_path / "m.yaml", "--json")
+        assert code == 0, err
+        return json.loads(out.strip().splitlines()[-1])["files"][0]
+
+    assert json.loads(inspected()["rows"][0]["metadata"]) == {"ts": "2024-01-31T12:00:00"}
+    for name in ("b", "s"):
+        text = text.replace("[ts]", f"[{name}]").replace("[b]", f"[{name}]")
+        assert inspected()["rejected"] == {"wrong_type": 1}
 
 
 WHERE = [

@@ -204,6 +204,8 @@ def _metadata(scope: Scope, given: list[str] | dict[str, Any]) -> dict[str, Any]
     made: dict[str, Any] = {}
     for name, what in named.items():
         value = what["text"] if isinstance(what, dict) else paths.find(scope, what)
+        if isinstance(value, bytes):
+            raise Reject("wrong_type", f"metadata.{name}: {show(value)}, which no text can hold; leave it out")
         if isinstance(value, bool | list | dict):
             made[name] = value if isinstance(value, bool) else as_json(value, name)
         else:

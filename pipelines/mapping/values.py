@@ -134,7 +134,7 @@ def _made(scope: Scope, given: Given, where: str) -> Any:
 
 
 def _no_number(value: Any, path: str, where: str) -> Any:
-    """The value, if it is no number, which is a text in a template only."""
+    """The value, which must be no number: those become text where a template asks for it."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         told = f'{where}: expected text, got {show(value)}; to take numbers as text write {{template: "{{{path}}}"}}'
         raise Reject("wrong_type", told)
