@@ -1050,6 +1050,17 @@ DRAFTS = [
 ]  # fmt: skip
 
 
+def test_a_log_without_prompts_comes_in_with_one_for_all(mapping):
+    records = [{"response": f"a{i}", "thumbs": t} for i, t in enumerate(("up", "down"))]
+    assert "give one for all as {text: …}" in draft(records, "log.jsonl")
+    (documented,) = (text for text in _blocks() if text.startswith("prompt: {text:"))
+    assert [_outcome(mapping(documented), one) for one in records] == [
+        [(["user: Answer the user's question."], "a0", 1.0)],
+        [(["user: Answer the user's question."], "a1", 0.0)],
+    ]
+    assert _outcome(mapping(documented.replace("Answer the user's question.", "''")), records[0]) == "empty_prompt"
+
+
 def test_a_draft_says_what_it_does_not_read():
     text = draft([{"prompt": "q", "context": "c", "chosen": "a", "rejected": "b", "winner": "tie", "x": "y"}], "f.csv")
     assert "# check: context may belong to the prompt" in text

@@ -386,7 +386,7 @@ def _prompt(columns: dict[str, Column], used: list[str], *responses: str) -> lis
         return []
     names = named or [n for n in columns if n in _longest(columns, used)]
     if not names:
-        return ["prompt: prompt  # no prompt was found: name its field, or join the file that has it"]
+        return ["prompt: prompt  # none was found: name its field, join its file, or give one for all as {text: …}"]
     used.append(names[0])
     guess = "" if named else "  # a guess: check it"
     return [f"prompt: {_said(names[0], columns)}{guess}"]
