@@ -408,7 +408,7 @@ _SESSION = [
 def test_feedback_on_messages_of_a_session(mapping):
     made = mapping(
         "each: {field: turns, as: turn, before: earlier}\nwhere: {turn.role: assistant}\n"
-        "prompt: {field: earlier, messages: {content: text}}\nresponse: turn.text\n"
+        "prompt: {field: earlier, messages: {content: text}}\nresponse: {field: turn, messages: {content: text}}\n"
         "label: {field: turn.feedback, thumbs: {good: up, bad: down}}"
     )
     whole = ["user: hi", "assistant: hello", "user: what?", "assistant: well", "user: bye"]
@@ -417,6 +417,8 @@ def test_feedback_on_messages_of_a_session(mapping):
     assert _outcome(made, {"turns": _SESSION, "earlier": "is a field too"}) == expected
     assert _outcome(made, {"turns": [turn | {"feedback": ""} for turn in _SESSION]}) == "missing_label"
     assert _outcome(made, {"turns": _SESSION[1:2]}) == "empty_prompt"
+    called = _SESSION[1] | {"tool_calls": [{"function": {"name": "f"}}]}
+    assert _outcome(made, {"turns": [_SESSION[0], called]}) == "unsupported_content"
     kept = made.convert({"turns": _SESSION}, "s", Policy(missing="unlabelled"))
     assert [row["type"] for row in kept if not isinstance(row, LeftOut)] == ["binary", "unlabelled", "binary"]
 
