@@ -91,6 +91,7 @@ def understand(
 ) -> Source:
     """How a file will be read; `UserError` with the nearest formats when its records are of no known one."""
     kind, name = readers.kind_of(path), source or (chosen and chosen.spec.get("source")) or io.stem(path)
+    kind = "members" if kind == "json" and chosen and chosen.of_members else kind
     _check_keys(path, kind)
     if chosen:
         _check_labels(path, kind, chosen)
@@ -128,7 +129,8 @@ def _brief(value: Any) -> str:
 
 def _check_keys(path: str, kind: str) -> None:
     """Warn of keys that an object holds twice, of which JSON parsers keep the last only."""
-    for raw in islice(readers.records(readers.Range(path, kind)), DETECTED) if kind in ("jsonl", "json") else ():
+    of_json = kind in ("jsonl", "json", "members")
+    for raw in islice(readers.records(readers.Range(path, kind)), DETECTED) if of_json else ():
         text = raw.text or b""
         if len(text) < readers.HEAD_BYTES and (key := readers.twice(text)) is not None:
             told = f"record {raw.position} holds the key {key!r} twice in one object, with two values; the last is read"

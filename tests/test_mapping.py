@@ -1,6 +1,7 @@
 """Mappings: golden rows for every way to say something, errors that name their place, joins, drafts, real files."""
 
 import contextlib
+import datetime
 import json
 import math
 import pickle
@@ -9,12 +10,14 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import REPO, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.converters.base import LeftOut, Policy
+from pipelines.converters.base import LeftOut, Policy, touched
 from pipelines.converters.labels import annotator
 from pipelines.mapping import draft, joins, load, paths, shape
 from pipelines.mapping.leaning import leaning
@@ -80,6 +83,11 @@ TEXTS = [
     ("prompt: {field: q, strip: true}", {"q": " Q\n"}, ["user: Q"]),
     ("prompt: {turns: [{user: a}, {assistant: b}, {user: {text: C}}]}", {"a": "A", "b": "B"},
      ["user: A", "assistant: B", "user: C"]),
+    ("prompt: {turns: [{system: {text: S}}, {conversation: t}, {user: q}]}", {"t": _TURNS, "q": "R"},
+     ["system: S", "user: Q", "assistant: A", "user: R"]),
+    ("prompt: {turns: [{conversation: {rounds: {user: u, assistant: a}}}, {user: q}]}", {"u": [], "a": [], "q": "Q"},
+     ["user: Q"]),
+    ("prompt: {turns: [{conversation: t}, {user: q}]}", {"t": "Human: hi", "q": "Q"}, "wrong_type"),
     ("prompt: {field: q, messages: {role: by, content: said, roles: {Me: user}}}", {"q": [{"by": "Me", "said": "Q"}]},
      ["user: Q"]),
     ("prompt: {field: q, messages: {role: by}}", {"q": [{"by": "Me", "content": "Q"}]}, "unknown_role"),
@@ -190,7 +198,26 @@ _ONE = [
     ("thumbs: {good: [はい, ＯＫ], bad: いいえ}", "ok", 1.0),
     ("thumbs: {good: [да, ДОБРО], bad: [нет]}", "Добро", 1.0),
     ("score: [0, 4], map: {非常好: 4, 差: 0, ضعيف: 1}", "ضعيف", 0.25),
-    ("stars: 5", "５", "invalid_reward"),
+    ("stars: 5", "５", 1.0),
+    ("stars: 5", "４，5 ", 0.875),
+    ("stars: 5", "4,5/5", 0.875),
+    ("stars: 5", "4,5²", "invalid_reward"),
+    ("scale: unit", "80\u202f%", 0.8),
+    ("scale: unit", "4/5²", "invalid_reward"),
+    ("scale: unit", "0,7", 0.7),
+    ("scale: unit", "0,125", 0.125),
+    ("scale: percent", "0,250", 0.0025),
+    ("scale: percent", "66,667", 0.6667),
+    ("scale: percent", "1,234,5", "invalid_reward"),
+    ("scale: percent", "1,5,2", "invalid_reward"),
+    ("scale: unit", "1,234/2000", "invalid_reward"),
+    ("scale: unit", "1/1,000", "invalid_reward"),
+    ("score: [0, 2000]", "1,500", "invalid_reward"),
+    ("score: [-2000, 0]", "-1,500", "invalid_reward"),
+    ("score: [0, 2000]", "500,0", 0.25),
+    ("score: [0, 2000], map: {'1,500': 1500}", "1,500", 0.75),
+    ("scale: sigmoid", "-0,0", 0.5),
+    ("scale: sigmoid", "1,234", "invalid_reward"),
     ("thumbs: {good: yes, bad: no}", "YES", 1.0),
     ("thumbs: {good: yes, bad: no}", False, 0.0),
     ("thumbs: {good: yes, bad: no}", 1, "invalid_label"),
@@ -223,6 +250,13 @@ _TWO = [
     ("field: x, preference: {first: -3, second: 3}, missing: -100", -100, "missing_label"),
     ("field: x, map: {A>B: 1, A=B: 0, B>A: -1}, preference: {first: 1, second: -1}", "b>a", 0.0),
     ("field: x, preference: {first: 100, second: 0}, strength: soft", "70%", 0.7),
+    ("field: x, preference: {first: 0, second: 1}, strength: soft", "0,7", 0.3),
+    ("field: x, preference: {first: 0, second: 1}, strength: soft", "１,0", 0.0),
+    ("field: x, preference: {first: 1, second: 2}", "1,4", 1.0),
+    ("field: x, preference: {first: 1, second: 2}", "1,2", "invalid_label"),
+    ("field: x, preference: {first: 2, second: 1}", "１,２", "invalid_label"),
+    ("field: x, sign: positive", "-0,5", 0.0),
+    ("field: x, compare: higher", ["4,5", "4.25"], 1.0),
     ("field: x, sign: positive", 2.75, 1.0),
     ("field: x, sign: positive", "-1e3", 0.0),
     ("field: x, sign: negative", -0.5, 1.0),
@@ -306,6 +340,36 @@ _SEVERAL = [
      "wrong_shape"),
     ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": {"a": "A", "b": "B"}, "x": [4, 1]},
      _of(("Q", "A", 1.0), ("Q", "B", 0.25))),
+    ("responses: r\nlabel: {field: x, ranking: best_only, names: 0}", {"r": ["A", "B", "C"], "x": 1},
+     _of(("Q", "B", 1.0), ("Q", "A", 0.25), ("Q", "C", 0.25))),
+    ("responses: r\nlabel: {field: x, ranking: best_only, names: 1}", {"r": ["A", "B", "C"], "x": "1"},
+     _of(("Q", "A", 1.0), ("Q", "B", 0.25), ("Q", "C", 0.25))),
+    ("responses: r\nlabel: {field: x, ranking: best_only, names: 1}", {"r": ["A", "B"], "x": 0}, "invalid_label"),
+    ("responses: r\nlabel: {field: x, ranking: best_only}", {"r": ["A", "1"], "x": 1}, "wrong_type"),
+    ("responses: r\nlabel: {field: x, ranking: best_only, names: r}", {"r": ["A, B > C", "B"], "x": "A, B > C"},
+     _of(("Q", "A, B > C", 1.0), ("Q", "B", 0.0))),
+    ("responses: r\nlabel: {field: x, ranking: best_only}", {"r": {"a": "A", "b": "B"}, "x": "b"},
+     _of(("Q", "B", 1.0), ("Q", "A", 0.0))),
+    ("responses: r\nlabel: {field: x, ranking: best_only}", {"r": {"a": "A", "b": "B", "c": "C"}, "x": ["b", "c"]},
+     _of(("Q", "B", 0.75), ("Q", "C", 0.75), ("Q", "A", 0.0))),
+    ("responses: [a, b]\nlabel: {field: x, ranking: best_only, missing: none}", {"a": "A", "b": "B", "x": "None"},
+     "missing_label"),
+    ("responses: r\nlabel: {field: x, ranking: best_only}", {"r": {"a": "A", "b": "B"}, "x": "c"}, "invalid_label"),
+    ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": {"a.b": "A", "b": "B"}, "x": {"b": 1, "A.b": 4}},
+     _of(("Q", "A", 1.0), ("Q", "B", 0.25))),
+    ("responses: r\nlabel: {field: x, stars: 5}", {"r": {"a": "A", "b": "B"}, "x": {"b": 1, "c d": 4, "e": None}},
+     [("x.c d", "missing_field"), ("r.a", "missing_label"), *_of(("Q", "B", 0.0))]),
+    ("responses: r\nlabel: {field: x, rank: 1}", {"r": {"a": "A", "b": "B"}, "x": {"b": 1, "a": 2}},
+     _of(("Q", "B", 1.0), ("Q", "A", 0.0))),
+    ("responses: 'r[*].t'\nlabel: {field: x, thumbs: {good: up, bad: down}, names: 'r[*].m'}",
+     {"r": [{"t": "A", "m": "m1"}, {"t": "B", "m": "m2"}], "x": {"m2": "up", "m1": "down"}},
+     _of(("Q", "A", 0.0), ("Q", "B", 1.0))),
+    ("responses: r\nlabel: {field: x, score: [0, 4], names: [m, n]}", {"r": ["A", "B"], "x": [4, 1]}, "wrong_type"),
+    ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": ["A", "B"], "x": {"a": 4}}, "wrong_type"),
+    ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": {"a": "A", "A": "B"}, "x": {"a": 4}}, "wrong_shape"),
+    ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": {"a": "A", "b": "B"}, "x": {"a": 4, "A": 1}},
+     "wrong_shape"),
+    ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": {"a": "A", "b": "B"}, "x": {"c": 4}}, "missing_field"),
     ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": ["A", "B"], "x": [4]}, "wrong_shape"),
     ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": ["A", "B"], "x": 4}, "wrong_type"),
     ("responses: r\nlabel: {field: x, score: [0, 4]}", {"r": ["A", "B"]}, "missing_label"),
@@ -317,7 +381,11 @@ _SEVERAL = [
      {"r": ["A", "B"], "x": 1}, [(["user: Q"], "A", 0.0), ("r[1]", "filtered")]),
     ("each: r\nresponse: item\nlabel: {field: x, stars: 5}\nwhere: {item: {not: B}}", {"r": ["B", ""], "x": 1},
      "empty_response"),
-    ("each: r\nresponse: item\nlabel: {field: x, stars: 5}", {"r": {}}, "wrong_type"),
+    ("each: r\nresponse: item\nlabel: {field: x, stars: 5}", {"r": {}}, "missing_field"),
+    ("each: r\nresponse: item\nlabel: {field: x, stars: 5}", {"r": "A"}, "wrong_type"),
+    ("each: {field: r, before: b}\nresponse: item.t\nlabel: {field: item.x, stars: 5}\nwhere: {key: {not: m.1}}",
+     {"r": {"m.1": {"t": "A", "x": 1}, "m 2": {"t": "B", "x": 5}, "m3": {"x": 5}}, "key": "m.1"},
+     [(["user: Q"], "B", 1.0), ("r.m3", "missing_field"), ('r."m.1"', "filtered")]),
 ]  # fmt: skip
 
 
@@ -330,10 +398,65 @@ def test_several_responses(mapping, text, record, expected):
         assert outcome == expected
 
 
+_SESSION = [
+    {"role": "user", "text": "hi"},
+    {"role": "assistant", "text": "hello", "feedback": "up"},
+    {"role": "user", "text": "what?"},
+    {"role": "assistant", "text": "well", "feedback": None},
+    {"role": "user", "text": "bye"},
+    {"role": "assistant", "text": "go away", "feedback": "down"},
+]
+
+
+def test_feedback_on_messages_of_a_session(mapping):
+    made = mapping(
+        "each: {field: turns, as: turn, before: earlier}\nwhere: {turn.role: assistant}\n"
+        "prompt: {field: earlier, messages: {content: text}}\nresponse: {field: turn, messages: {content: text}}\n"
+        "label: {field: turn.feedback, thumbs: {good: up, bad: down}}"
+    )
+    whole = ["user: hi", "assistant: hello", "user: what?", "assistant: well", "user: bye"]
+    left_out = [(f"turns[{i}]", "missing_label" if i == 3 else "filtered") for i in (3, 0, 2, 4)]
+    expected = [(whole[:1], "hello", 1.0), (whole, "go away", 0.0), *left_out]
+    assert _outcome(made, {"turns": _SESSION, "earlier": "is a field too"}) == expected
+    assert _outcome(made, {"turns": [turn | {"feedback": ""} for turn in _SESSION]}) == "missing_label"
+    assert _outcome(made, {"turns": _SESSION[1:2]}) == "empty_prompt"
+    called = _SESSION[1] | {"tool_calls": [{"function": {"name": "f"}}]}
+    assert _outcome(made, {"turns": [_SESSION[0], called]}) == "unsupported_content"
+    kept = made.convert({"turns": _SESSION}, "s", Policy(missing="unlabelled"))
+    assert [row["type"] for row in kept if not isinstance(row, LeftOut)] == ["binary", "unlabelled", "binary"]
+
+
+def test_feedback_on_rounds_of_a_session(mapping):
+    made = mapping(
+        "each: {field: turns, before: earlier}\n"
+        "prompt: {turns: [{conversation: {rounds: {user: 'earlier[*].user', assistant: 'earlier[*].bot'}}}, "
+        "{user: item.user}]}\n"
+        "response: item.bot\nlabel: {field: item.thumbs, thumbs: {good: 1, bad: -1}}"
+    )
+    turns = [
+        {"user": "hi", "bot": "hello", "thumbs": 1},
+        {"user": "what?", "bot": "well"},
+        {"user": "bye", "bot": "go away", "thumbs": -1},
+    ]
+    whole = ["user: hi", "assistant: hello", "user: what?", "assistant: well", "user: bye"]
+    expected = [(whole[:1], "hello", 1.0), (whole, "go away", 0.0), ("turns[1]", "missing_label")]
+    assert _outcome(made, {"turns": turns}) == expected
+    turns[1]["bot"] = None  # the answer to the last turn has a gap before it
+    assert _outcome(made, {"turns": turns})[1:] == [("turns[1]", "missing_field"), ("turns[2]", "wrong_type")]
+
+
 def test_ranks_become_comparisons_where_the_policy_says_so(mapping):
     made = mapping("prompt: q\nresponses: r\nlabel: {field: x, rank: 0}")
     rows = _rows(made, {"q": "Q", "r": ["A", "B"], "x": [1, 0]}, rank_as="adjacent")
     assert [(r["response"], r["reward"], r["type"]) for r in rows] == [("B", 1, "pairwise"), ("A", 0, "pairwise")]
+
+
+@pytest.mark.parametrize("rank_as", ["adjacent", "all", "best_vs_rest"])
+def test_the_best_is_compared_with_each_other_one_whatever_the_policy(mapping, rank_as):
+    made = mapping("prompt: q\nresponses: r\nlabel: {field: x, ranking: best_only, names: 0}")
+    assert made.labels == "the name of the best response"
+    found = made.convert({"q": "Q", "r": ["A", "B", "C"], "x": 2}, "s", Policy(rank_as=rank_as, ties="half"))
+    assert [(r["response"], r["reward"]) for r in found] == [("C", 1), ("A", 0), ("C", 1), ("B", 0)]
 
 
 def test_every_annotator_makes_rows_of_their_own(mapping):
@@ -354,6 +477,24 @@ def test_every_annotator_makes_rows_of_their_own(mapping):
     for votes, reason in [([], "missing_label"), (None, "missing_label"), ("a", "wrong_type")]:
         assert _outcome(listed, record | {"votes": votes}) == reason
     assert listed.labels == "first: a; second: b; tie: tie"
+
+
+def test_the_keys_of_an_object_of_votes_may_be_the_annotators(una_here, tmp_path):
+    record = {"q": "Q", "a": "A", "b": "B", "votes": {"alice": "A", "bob": "B", "cy": None}}
+    write_jsonl(tmp_path / "x.jsonl", [record])
+    text = "prompt: q\nfirst: a\nsecond: b\nlabel: {each: votes, field: annotation%s, winner: {first: A, second: B}}"
+    (tmp_path / "m.yaml").write_text(text % ", by: key")
+    code, out, err = una_here("inspect", tmp_path / "x.jsonl", "--mapping", tmp_path / "m.yaml", "--json")
+    assert code == 0, err
+    facts = json.loads(out.strip().splitlines()[-1])["files"][0]
+    alice, bob = annotator("alice"), annotator("bob")
+    assert {(r["response"], r["reward"], r["labeller"]) for r in facts["rows"]} <= {
+        ("A", 1.0, alice), ("B", 0.0, alice), ("B", 1.0, bob), ("A", 0.0, bob)
+    }  # fmt: skip
+    assert facts["rejected_parts"] == {"missing_label": 1}
+    (tmp_path / "m.yaml").write_text(text % "")  # nobody said that the keys are people
+    made = load(str(tmp_path / "m.yaml")).convert(record, "s", Policy())
+    assert {m["labeller"] for m in made if not isinstance(m, LeftOut)} == {None}
 
 
 def test_every_annotator_may_have_seen_another_order(mapping):
@@ -390,6 +531,19 @@ def test_a_share_stays_in_the_metadata_as_it_was_given(mapping):
     assert (row["raw_reward"], json.loads(row["metadata"])) == (4.0, {"label": "4/5"})
 
 
+def test_numbers_with_a_comma_are_counted_as_numbers_in_text(mapping):
+    made = mapping("prompt: q\nresponse: r\nlabel: {field: x, stars: 5}")
+    counts = touched.set(Counter())
+    try:
+        (row,) = _rows(made, {"q": "Q", "r": "A", "x": "4,5"})
+        assert (row["raw_reward"], touched.get()) == (4.5, {"numbers_as_text": 1})
+    finally:
+        touched.reset(counts)
+    sigmoid = mapping("prompt: q\nresponse: r\nlabel: {field: x, scale: sigmoid}")
+    with pytest.raises(Reject, match=r"may be 1234 or 1\.234"):
+        sigmoid.convert({"q": "Q", "r": "A", "x": "1,234"}, "s", Policy())
+
+
 def test_policies_apply(mapping):
     two = mapping("prompt: q\nfirst: a\nsecond: b\nlabel: {field: x, preference: {first: 0, second: 4}}")
     record = {"q": "Q", "a": "A", "b": "B", "x": 2}
@@ -418,6 +572,24 @@ def test_raw_values_and_facts_are_kept(mapping):
     assert (row["raw_reward"], row["labeller"]) == (None, annotator("Ann"))
 
 
+def test_metadata_of_a_table(una_here, tmp_path):
+    table = {"q": ["Q"], "a": ["A"], "x": [5], "ts": [datetime.datetime(2024, 1, 31, 12)], "b": [b"\xff"]}
+    table["s"] = [{"b": b"\xff"}]
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    text = "prompt: q\nresponse: a\nlabel: {field: x, stars: 5}\nmetadata: [ts]\nwhere: {ts: {matches: ^2024-01}}"
+
+    def inspected():
+        (tmp_path / "m.yaml").write_text(text)
+        code, out, err = una_here("inspect", tmp_path / "x.parquet", "--mapping", tmp_path / "m.yaml", "--json")
+        assert code == 0, err
+        return json.loads(out.strip().splitlines()[-1])["files"][0]
+
+    assert json.loads(inspected()["rows"][0]["metadata"]) == {"ts": "2024-01-31T12:00:00"}
+    for name in ("b", "s"):
+        text = text.replace("[ts]", f"[{name}]").replace("[b]", f"[{name}]")
+        assert inspected()["rejected"] == {"wrong_type": 1}
+
+
 WHERE = [
     ("x: done", {"x": "Done"}, True),
     ("x: [1, 2]", {"x": "2.0"}, True),
@@ -425,6 +597,8 @@ WHERE = [
     ("x: yes", {"x": True}, True),
     ("x: done", {}, False),
     ("x: {above: 3}", {"x": "3.5"}, True),
+    ("x: {above: 3}", {"x": "３,5"}, True),
+    ("x: {above: 3}", {"x": "3,500"}, "wrong_type"),
     ("x: {above: 3, below: 4}", {"x": 4}, False),
     ("x: {at_least: 3, at_most: 3}", {"x": 3}, True),
     ("x: {above: 3}", {}, False),
@@ -446,11 +620,40 @@ def test_filters(mapping, where, record, passes):
     assert _outcome(made, record) == expected
 
 
+def test_numbers_for_texts_come_with_advice(mapping):
+    record = {"q": "2 * 21?", "a": 42}
+    for response in ("a", "{field: a, strip: true}"):
+        with pytest.raises(Reject, match=r'write \{template: "\{a\}"\}') as error:
+            mapping(f"prompt: q\ndemonstration: {response}").convert(record, "s", Policy())
+        assert error.value.reason == "wrong_type"
+    made = mapping('prompt: q\ndemonstration: {template: "{a}"}')
+    assert _outcome(made, record) == [(["user: 2 * 21?"], "42", 1.0)]
+
+
 def test_absent_fields_come_with_advice(mapping):
     made = mapping("prompt: a.b\ndemonstration: {text: A}")
     for record, advice in [({"a.b": "Q"}, "must be quoted"), ({"a": '{"b": 1}'}, "`json: [a]`"), ({"c": 1}, "are c")]:
         with pytest.raises(Reject, match=re.escape(advice)):
             made.convert(record, "s", Policy())
+
+
+def test_a_file_of_one_object_keyed_by_ids(una_here, tmp_path):
+    found = {f"conv-{i}": {"prompt": f"q{i}", "response": "r", "stars": i} for i in range(4)}
+    (tmp_path / "x.json").write_text(json.dumps(found))
+    (tmp_path / "m.yaml").write_text(
+        "each: .\nprompt: item.prompt\nresponse: item.response\nlabel: {field: item.stars, stars: 5}\n"
+        "metadata: {id: key}"
+    )
+    code, out, err = una_here("inspect", tmp_path / "x.json", "--mapping", tmp_path / "m.yaml", "--json")
+    assert code == 0, err
+    facts = json.loads(out.strip().splitlines()[-1])["files"][0]
+    assert (facts["sampled"], facts["rejected"], facts["rejected_parts"]) == (4, {"reward_out_of_range": 1}, {})
+    assert [json.loads(row["metadata"])["id"] for row in facts["rows"]] == ["conv-1", "conv-2", "conv-3"]
+    made = load(str(tmp_path / "m.yaml"))
+    assert _outcome(made, found)[0] == ("record.conv-0", "reward_out_of_range")
+    assert _outcome(made, {}) == "missing_field"
+    code, _, err = una_here("inspect", tmp_path / "x.json")
+    assert "(a mapping with `each: .` reads them one by one), which may be a table" in err
 
 
 # --- what is wrong with a mapping -----------------------------------------------------------------
@@ -508,7 +711,9 @@ WRONG = [  # the YAML, what the error says, and whether the JSON Schema can say 
     ("prompt: q\nresponses: [a, b]\nlabel: {field: x, ranking: best_first, names: [a]}", "1 names for 2", False),
     ("prompt: q\nresponses: [a, [b]]\nlabel: {field: x, ranking: best_first}", "label.names: missing", False),
     ("prompt: q\nresponses: [a, b]\nlabel: {fields: [x, y], ranking: best_first}", "ranking needs field", False),
-    ("prompt: q\nresponses: r\nlabel: {field: x, rank: 1, names: n}", "label.names: only with ranking", False),
+    (_OK + "label: {field: x, stars: 5, names: n}", "label.names: only with field, where several", False),
+    ("prompt: q\nresponses: [a, b]\nlabel: {fields: [x, y], stars: 5, names: n}", "label.names: only with", False),
+    ("prompt: q\nresponses: [a, b]\nlabel: {field: x, stars: 5, names: [m]}", "1 names for 2 responses", False),
     (_OK + "label: {field: x, stars: 5, swapped: {o: BA}}", "are for first and second only", False),
     (_PAIR + "label: {field: x, sign: plus}", "label.sign: 'plus' is not valid", True),
     (_PAIR + "label: {field: x, sign: positive, swapped: {}}", "label.swapped: expected at least one key", True),
@@ -520,6 +725,9 @@ WRONG = [  # the YAML, what the error says, and whether the JSON Schema can say 
     (_OK + "label: {field: x, stars: 5}\nwhere: {x: {matches: '('}}", "where.x.matches", False),
     (_OK + "label: {field: x, stars: 5}\njoin: {a: {on: k}}", "join.a: file is missing; needed are file, on", True),
     (_OK + "label: {field: x, stars: 5}\njoin: {item: {file: f, on: k}}\neach: l", "the name 'item' is taken", False),
+    (_OK + "label: {field: x, stars: 5}\neach: l\njoin: {key: {file: f, on: k}}", "the name 'key' is taken", False),
+    (_OK + "label: {field: x, stars: 5}\neach: {field: l, before: item}", "each.before: the name 'item'", False),
+    ("prompt: {turns: [{user: {field: q, unwrap: '('}}]}\ndemonstration: d", "prompt.turns[0].user.unwrap", False),
     (_OK + "label: {field: x, stars: 5}\njoin: {a: {file: f, on: k, key: [l, m]}}", "2 fields, but `on` has 1", False),
     (_OK + "label: {field: x, stars: 5}\njoin: {a: {file: f, on: k}}\neach: a.l", "before a is joined", False),
 ]
@@ -694,12 +902,25 @@ _FUZZED = [
     "prompt: p\nresponses: 'r[*].t'\nlabel: {field: x, rank: 0}\nlabeller: {field: m, prefix: 'judge:'}",
     "prompt: p\nresponses: r\nlabel: {field: x, scale: sigmoid, better: lower}",
     "each: r\nprompt: [p, s]\nresponse: item\nlabel: {field: x, thumbs: {good: [good, 1], bad: [A, 0]}}",
+    "prompt: p\nfirst: r\nsecond: s\n"
+    "label: {each: x, field: annotation, by: key, winner: {first: A, second: [good, 1]}}",
+    "each: .\nprompt: key\nresponse: item\nlabel: {field: item, scale: sigmoid}",
     "demonstration: {rounds: {user: p, assistant: r, count: x}}\nmetadata: {m: m, s: s}",
+    "each: {field: r, as: t, before: b}\nprompt: {field: b, messages: {content: t}}\nresponse: t\n"
+    "label: {field: t.x, thumbs: {good: [good, 1], bad: [A, 0]}}",
+    "each: {field: p, before: b}\nprompt: {turns: [{conversation: {rounds: {user: 'b[*].t', assistant: 'b[*].v'}}}, "
+    "{conversation: s}, {user: m}]}\nresponse: item\nlabel: {field: x, scale: sigmoid}",
     "prompt: p\nresponses: r\nlabel: {field: x, ranking: worst_first, missing: A}",
     "prompt: p\nresponses: r\nlabel: {field: x, ranking: best_first, names: m}",
+    "prompt: p\nresponses: r\nlabel: {field: x, ranking: best_only, names: r}",
+    "prompt: p\nresponses: r\nlabel: {field: x, ranking: best_only, names: 0}",
+    "prompt: p\nresponses: r\nlabel: {field: x, scale: sigmoid, names: 1}",
+    "prompt: p\nresponses: r\nlabel: {field: r, thumbs: {good: A, bad: B}, missing: M}",
     "prompt: p\nfirst: r\nsecond: s\n"
     "label: {field: x, winner: {first: {field: m}, second: A}, swapped: {s: {above: 1}}}",
     "prompt: p\nfirst: r\nsecond: s\nlabel: {annotators: {x: {m: 1}, s: {p: {present: true}}}, sign: negative}",
+    "prompt: p\nfirst: r\nsecond: s\nlabel: {field: x, preference: {first: 1, second: 2}}",
+    "prompt: p\nresponse: r\nlabel: {field: x, score: [-1, 2000]}",
     "prompt: p\nfirst: r\nsecond: s\nlabel: {one_hot: {first: 'x[0]', second: 'x[1]'}}",
 ]
 
@@ -722,7 +943,7 @@ def test_any_record_becomes_rows_or_is_rejected(fuzzed, data):
         "r": data.draw(
             _json | st.just("A") | st.just(_TURNS) | st.just(["A", "B"]) | st.just([{"t": "A"}, {"t": "B"}])
         ),
-        "x": data.draw(_json | st.sampled_from([3, [1, 0], [1, 2], [{"v": "A", "u": 1}]])),
+        "x": data.draw(_json | st.sampled_from([3, "1,5", "1,2", "１,234", [1, 0], [1, 2], [{"v": "A", "u": 1}]])),
         "s": data.draw(_json | st.just("S")),
         "m": data.draw(_json | st.just("M")),
     }
@@ -950,6 +1171,17 @@ _LEANING = {
 @pytest.mark.parametrize(("sign", "name"), [(sign, name) for sign, names in _LEANING.items() for name in names.split()])
 def test_names_lean_to_good_or_bad(sign, name):
     assert leaning(name) == sign
+
+
+def test_a_log_without_prompts_comes_in_with_one_for_all(mapping):
+    records = [{"response": f"a{i}", "thumbs": t} for i, t in enumerate(("up", "down"))]
+    assert "give one for all as {text: …}" in draft(records, "log.jsonl")
+    (documented,) = (text for text in _blocks() if text.startswith("prompt: {text:"))
+    assert [_outcome(mapping(documented), one) for one in records] == [
+        [(["user: Answer the user's question."], "a0", 1.0)],
+        [(["user: Answer the user's question."], "a1", 0.0)],
+    ]
+    assert _outcome(mapping(documented.replace("Answer the user's question.", "''")), records[0]) == "empty_prompt"
 
 
 def test_a_draft_says_what_it_does_not_read():

@@ -266,6 +266,29 @@ def test_what_pandas_writes(tmp_path):
         assert found == ROWS, orient
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_members_are_records_of_one_key(tmp_path, indent):
+    value = {"a, b": {"x": ["}"]}, "{": "y", "0": 1.5, "": {}}
+    path = tmp_path / "x.json"
+    path.write_bytes(json.dumps(value, indent=indent).encode("utf-8-sig"))
+    found = list(readers.records(readers.Range(str(path), "members")))
+    assert [raw.value for raw in found] == [{key: one} for key, one in value.items()]
+    assert [(raw.position, json.loads(raw.payload)) for raw in found] == [(i, r.value) for i, r in enumerate(found, 1)]
+
+
+def test_damaged_members(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"a": {"x": 1}, "b" {}, 3, "c": 1}\n')
+    first, *bad, last = (raw.value for raw in readers.records(readers.Range(str(path), "members")))
+    assert (first, [one.reason for one in bad], last) == ({"a": {"x": 1}}, ["invalid_json"] * 2, {"c": 1})
+    for text, told in [('{"a": 1', "breaks off"), ('{"a": 1} {"b": 2}', "more follows"), ("{", "breaks off")]:
+        path.write_text(text)
+        with pytest.raises(UserError, match=told):
+            list(readers.records(readers.Range(str(path), "members")))
+    path.write_text('[{"a": 1}, {"b": 2}]')
+    assert [raw.value for raw in readers.records(readers.Range(str(path), "members"))] == [{"a": 1}, {"b": 2}]
+
+
 def test_two_columns_of_one_name_in_a_table(tmp_path):
     (tmp_path / "x.json").write_text('{"columns": ["a", "a"], "data": [[1, 2]]}')
     with pytest.raises(UserError, match="two columns are called 'a'"):
@@ -400,15 +423,15 @@ def repack(path, part, old, new):
 
 
 def test_a_workbook(tmp_path, caplog):
-    day = datetime.datetime(2024, 5, 6, 7, 8)
-    first = [[None, None], ["q", "n", "when"], ["a\n_x000D_b", 2.0, day], [None, "", None], ["c", 0.5], ["", 7]]
+    day, long = datetime.datetime(2024, 5, 6, 7, 8), datetime.timedelta(hours=1.5)
+    first = [[None, None], ["q", "n", "when"], ["a\n_x000D_b", 2.0, day], [None, "", None], ["c", 0.5], ["", 7, long]]
     workbook(tmp_path / "x.xlsx", first, [["empty"]], [], [["q", 5], [True, "t"]])
     with caplog.at_level(logging.INFO):
         found = read(tmp_path / "x.xlsx")
     assert told(found) == [
         {"q": "a\n\rb", "n": 2, "when": "2024-05-06T07:08:00"},
         {"q": "c", "n": 0.5, "when": None},
-        {"q": None, "n": 7, "when": None},
+        {"q": None, "n": 7, "when": "PT5400S"},
         {"q": True, "5": "t"},
     ]
     assert [type(raw.value.get("n")) for raw in found[:2]] == [int, float]
@@ -566,3 +589,32 @@ def test_fixed_point_numbers_are_floats(tmp_path):
     pq.write_table(table, tmp_path / "x.parquet")
     found = [raw.value for raw in readers.records(readers.Range(str(tmp_path / "x.parquet"), "parquet"))]
     assert found == [{"score": 4.5, "text": "a"}, {"score": None, "text": "b"}]
+
+
+def test_times_in_tables_are_text_wherever_they_stand(tmp_path):
+    at, us = datetime.datetime(2024, 1, 31, 12, tzinfo=datetime.UTC), datetime.timedelta(microseconds=1)
+    times = {
+        "at": pa.array([at, None], pa.timestamp("ns", "UTC")),
+        "bare": pa.array([1, 0], pa.timestamp("ns")),  # which Python cannot hold to the nanosecond
+        "day": pa.array([at.date(), None]),
+        "hour": pa.array([at.time(), None], pa.time64("ns")),
+        "took": pa.array([datetime.timedelta(days=1, seconds=1.5), -us], pa.duration("ns")),
+        "id": pa.array([b"\0" * 15 + b"\1", None], pa.uuid()),
+        "price": pa.array(["4.50", None], pa.string()).cast(pa.decimal128(5, 2)),
+        "kind": pa.array(["a", None]).dictionary_encode(),
+    }
+    inner = pa.StructArray.from_arrays([*times.values()], names=[*times])
+    listed = pa.ListArray.from_arrays([0, 1, 2], inner)
+    table = pa.table(times | {"inner": inner, "listed": listed})
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pa.ipc.new_file(tmp_path / "x.arrow", table.schema) as file:
+        file.write_table(table)
+    first = {
+        "at": "2024-01-31T12:00:00+00:00", "bare": "1970-01-01T00:00:00", "day": "2024-01-31", "hour": "12:00:00",
+        "took": "PT86401.5S", "id": "00000000-0000-0000-0000-000000000001", "price": 4.5, "kind": "a",
+    }  # fmt: skip
+    second = dict.fromkeys(times) | {"bare": "1970-01-01T00:00:00", "took": "-PT0.000001S"}
+    for name, kind in (("x.parquet", "parquet"), ("x.arrow", "arrow")):
+        found = [raw.value for raw in readers.records(readers.Range(str(tmp_path / name), kind))]
+        assert found == [one | {"inner": one, "listed": [one]} for one in (first, second)]
+        assert json.loads(json.dumps(found)) == found

@@ -57,7 +57,7 @@ def _tells_judgement(name: str) -> bool:
 
 def show(value: Any) -> str:
     """A value for an error message: its type, and the value itself where it is short and safe to print."""
-    if isinstance(value, list | dict):
+    if isinstance(value, list | dict | bytes):
         return f"{type(value).__name__} of {len(value)}"
     if isinstance(value, int) and value.bit_length() > 128:  # printing a very long integer can raise
         return f"int of {value.bit_length()} bits"
@@ -183,7 +183,7 @@ def as_json(value: Any, where: str) -> str:
         return value
     try:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    except (ValueError, RecursionError):
+    except (TypeError, ValueError, RecursionError):  # bytes, say, which only tables hold
         raise Reject("wrong_type", f"{where}: {show(value)} cannot be written as JSON") from None
 
 

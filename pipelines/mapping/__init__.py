@@ -11,12 +11,21 @@ from typing import Any
 
 from pipelines.converters.base import LeftOut, Policy
 from pipelines.converters.labels import annotator, compared, is_missing, some
-from pipelines.converters.messages import answer, as_json, facts, number, show, text
+from pipelines.converters.messages import answer, as_json, facts, show, text
 from pipelines.mapping import check, paths, values
 from pipelines.mapping.described import feedback_of, fields_of, labels_of
 from pipelines.mapping.drafting import draft
 from pipelines.mapping.joins import Join, index, joined, key_text, resolve
-from pipelines.mapping.judgements import Judgement, canonical, judge_many, judge_one, judge_two, judgements, known
+from pipelines.mapping.judgements import (
+    Judgement,
+    canonical,
+    judge_many,
+    judge_one,
+    judge_two,
+    judgements,
+    known,
+    read_number,
+)
 from schemas.errors import POLICY_REASONS, Reject, UsageError, UserError
 from schemas.feedback import Message, Row, demonstration
 
@@ -41,14 +50,20 @@ class Mapping:
         """The joined files, on whose bytes the rows depend too."""
         return sorted({file for join in self.joins for file in join.files})
 
+    @property
+    def of_members(self) -> bool:
+        """Whether the members of a record are items, so that a file of one object holds as many records as members."""
+        return "each" in self.spec and check.each_path(self.spec) == check.WHOLE
+
     def labels_in(self) -> list[tuple[str, str]]:
         """Where the mapping names a field of the record that holds labels or annotators, and that field."""
         if "each" in self.spec:  # a path may lead into the element
             return []
-        joined = {join.name for join in self.joins} | {"annotation"}
+        others = {join.name for join in self.joins}
+        others |= {"annotation", "key"} if "each" in self.spec.get("label", {}) else set()
         found = [(where, paths.parse(path)[0]) for where, path in check.named_paths(self.spec)]
         of_labels = [(where, str(key)) for where, key in found if where.startswith("label")]
-        return [(where, key) for where, key in of_labels if key not in joined]
+        return [(where, key) for where, key in of_labels if key not in others]
 
     def convert(self, record: dict[str, Any], source: str, policy: Policy) -> list[Row | LeftOut]:
         """The rows of a record, as a converter makes them; raises `Reject` if there are none."""
@@ -86,26 +101,28 @@ def _join(join: str, given: dict[str, Any], spec: dict[str, Any], path: str) -> 
 
 
 def _exploded(mapping: Mapping, record: Scope, source: str, policy: Policy) -> list[Row | LeftOut]:
-    """The rows of every element of a list; an element that cannot be used is left out."""
+    """The rows of every element of a list or an object; an element that cannot be used is left out."""
     where = check.each_path(mapping.spec)
-    items = paths.needed(record, where)
-    if not isinstance(items, list):
-        raise Reject("wrong_type", f"{where}: expected a list, got {show(items)}")
+    if mapping.of_members:
+        items, where, record = paths.elements(record, "record", "items"), "the record", {}
+    else:
+        items = paths.elements(paths.needed(record, where), where, "items")
     if not items:
         raise Reject("missing_field", f"{where} is empty")
-    name = check.item_name(mapping.spec)
+    name, before = check.item_name(mapping.spec), check.before_name(mapping.spec)
     made: list[Row | LeftOut] = []
-    for i, item in enumerate(items):
+    for i, (place, key, item) in enumerate(items):
+        earlier = {before: [one for _, _, one in items[:i]]} if before else {}
         try:
-            made += _convert(mapping, {**record, name: item}, source, policy)
+            made += _convert(mapping, {**record, **paths.under(key), **earlier, name: item}, source, policy)
         except Reject as error:
-            made.append(LeftOut(f"{where}[{i}]", error.reason, error.detail))
+            made.append(LeftOut(place, error.reason, error.detail))
     return _some(made)
 
 
 def _some(made: list[Row | LeftOut]) -> list[Row | LeftOut]:
-    """What was made; if nothing was, `Reject` with what is wrong rather than with what a policy dropped."""
-    made.sort(key=lambda m: isinstance(m, LeftOut) and m.reason in POLICY_REASONS)
+    """What was made; if nothing was, `Reject` with what is wrong, before what a policy or a filter dropped."""
+    made.sort(key=lambda m: isinstance(m, LeftOut) and (m.reason in POLICY_REASONS) + (m.reason == "filtered"))
     return some(made)
 
 
@@ -143,7 +160,7 @@ def _meets(value: Any, condition: Any, path: str) -> bool:
     if not bounds or blank:
         return not bounds
     try:
-        given = number(value, path)
+        given = read_number(value, path)
     except Reject as error:
         raise Reject("wrong_type", f"{error.detail}; a filter compares it with numbers") from None
     return all(_COMPARED[name](given, bound) for name, bound in bounds)
@@ -187,6 +204,8 @@ def _metadata(scope: Scope, given: list[str] | dict[str, Any]) -> dict[str, Any]
     made: dict[str, Any] = {}
     for name, what in named.items():
         value = what["text"] if isinstance(what, dict) else paths.find(scope, what)
+        if isinstance(value, bytes):
+            raise Reject("wrong_type", f"metadata.{name}: {show(value)}, which no text can hold; leave it out")
         if isinstance(value, bool | list | dict):
             made[name] = value if isinstance(value, bool) else as_json(value, name)
         else:
@@ -272,5 +291,6 @@ def _of_several(
             sides.append((where, error))
     label = spec["label"]
     (said,) = judgements(scope, label)
-    names = values.names_of(scope, spec["responses"], label.get("names")) if "ranking" in label else ()
+    by_name = "ranking" in label or "names" in label or isinstance(said.value, dict)
+    names = values.names_of(scope, spec["responses"], label.get("names")) if by_name else ()
     return judge_many(sides, said.value, said.where, label, policy, names, **facts)

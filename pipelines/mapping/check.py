@@ -20,6 +20,7 @@ from schemas.settings_file import read as read_yaml
 
 Spec = dict[str, Any]
 SIDES = ("response", "demonstration", "chosen", "rejected", "first", "second")
+WHOLE = "."  # the record itself, where its members are items
 _LABEL_PATHS = ("field", "fields", "annotators", "by", "each", "one_hot")
 
 _NAME_PATHS = ("field", "fields", "first", "second", "tie", "user", "assistant", "count")
@@ -79,8 +80,10 @@ def _spelt(key: Any, file: str, where: str) -> list[str]:
 
 def named_paths(spec: Spec) -> Iterator[tuple[str, str]]:
     """Where in the mapping a path stands, and the path; the keys of joined files are not among them."""
-    for key in ("prompt", "system", *SIDES, "responses", "json", "each"):
+    for key in ("prompt", "system", *SIDES, "responses", "json"):
         yield from _paths_in(spec.get(key), key)
+    if "each" in spec and each_path(spec) != WHOLE:
+        yield from _paths_in(spec["each"], "each")
     kept = spec.get("metadata", [])
     yield from _paths_in(list(kept.values()) if isinstance(kept, dict) else kept, "metadata")
     label = spec.get("label", {})
@@ -168,6 +171,9 @@ def _is_conversation(given: Any) -> bool:
 def _check_text(given: Any, file: str, where: str) -> None:
     if not isinstance(given, dict):
         return
+    for i, turn in enumerate(given.get("turns", [])):
+        for who, said in turn.items():
+            _check_text(said, file, f"{where}.turns[{i}].{who}")
     if "unwrap" in given and len(_compiled(given["unwrap"], file, f"{where}.unwrap").groupindex) != 1:
         fail(file, f"{where}.unwrap", "the pattern needs exactly one named group, such as (?P<text>.*)")
     for key, needs in (("before", "split"), ("optional", "fields"), ("separator", "fields")):
@@ -213,15 +219,15 @@ def _check_order(label: Spec, spec: Spec, file: str, kind: str) -> None:
     if "swapped" in label and isinstance(label.get("annotators"), dict):
         fail(file, "label.swapped", "not with orders of annotators: say there when each saw the other order")
     several, names = spec.get("responses"), label.get("names")
-    if kind != "ranking":
-        return
-    if "field" not in label or "fields" in label:
-        fail(file, "label", "ranking needs field: where the list of names is")
-    if isinstance(several, list):
-        if isinstance(names, list) and len(names) != len(several):
-            fail(file, "label.names", f"{len(names)} names for {len(several)} responses")
-        if names is None and not all(isinstance(one, str) for one in several):
-            fail(file, "label.names", "missing: what the ranking calls each response")
+    named = isinstance(several, list) and all(isinstance(one, str) for one in several)
+    if names is not None and ("field" not in label or several is None):
+        fail(file, "label.names", "only with field, where several responses are judged by their names")
+    if isinstance(names, list) and isinstance(several, list) and len(names) != len(several):
+        fail(file, "label.names", f"{len(names)} names for {len(several)} responses")
+    if kind == "ranking" and "field" not in label:
+        fail(file, "label", "ranking needs field: where the names are")
+    if kind == "ranking" and names is None and isinstance(several, list) and not named:
+        fail(file, "label.names", "missing: what the ranking calls each response")
 
 
 def _check_where_it_is(label: Spec, spec: Spec, file: str, kind: str) -> None:
@@ -256,8 +262,6 @@ def _check_scale(label: Spec, file: str, kind: str) -> None:
         fail(file, "label.preference", "first and second are the same number")
     if "better" in label and kind not in ("score", "stars", "scale"):
         fail(file, "label.better", f"only with score, stars or scale, not with {kind}")
-    if "names" in label and kind != "ranking":
-        fail(file, "label.names", f"only with ranking, not with {kind}")
     if "strength" in label and kind != "preference":
         fail(file, "label.strength", f"only with preference, not with {kind}")
 
@@ -293,9 +297,13 @@ def _safe_spellings(value: Any, file: str, where: str) -> list[str]:
 
 def _check_names(spec: Spec, file: str) -> None:
     names = ["annotation", *([item_name(spec)] if "each" in spec else [])]
+    names += ["key"] if "each" in spec or "each" in spec.get("label", {}) else []
+    if (before := before_name(spec)) in names:
+        fail(file, "each.before", f"the name {before!r} is taken; give another")
+    names += [before] if before else []
     for join, given in spec.get("join", {}).items():
         name = given.get("as", join)
-        if "each" in spec and paths.parse(each_path(spec))[0] == name:
+        if "each" in spec and each_path(spec) != WHOLE and paths.parse(each_path(spec))[0] == name:
             fail(file, "each", f"a list of the record itself is exploded, before {join} is joined")
         if name in names:
             fail(file, f"join.{join}", f"the name {name!r} is taken; give another with `as`")
@@ -315,6 +323,11 @@ def each_path(spec: Spec) -> str:
 def item_name(spec: Spec) -> str:
     """The name under which paths find an element of `each`."""
     return spec["each"].get("as", "item") if isinstance(spec["each"], dict) else "item"
+
+
+def before_name(spec: Spec) -> str | None:
+    """The name under which paths find the list of the elements before it, if the mapping gives one."""
+    return spec["each"].get("before") if isinstance(spec.get("each"), dict) else None
 
 
 def listed(value: str | list[str]) -> list[str]:

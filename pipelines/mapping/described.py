@@ -81,6 +81,8 @@ def _meaning(label: dict[str, Any]) -> str:
         return f"from worst to best: {_words(label['order'])}"
     if "rank" in label:
         return f"ranks; {label['rank']} is the best"
+    if label.get("ranking") == "best_only":
+        return "the name of the best response"
     if "ranking" in label:
         return f"the names of the responses, the {label['ranking'].partition('_')[0]} first"
     return _meaning_of_pairs(label)

@@ -414,7 +414,7 @@ def _prompt(columns: dict[str, Column], used: list[str], *responses: str) -> lis
         return []
     names = named or _in_order(columns, used, 1)
     if not names:
-        return ["prompt: prompt  # no prompt was found: name its field, or join the file that has it"]
+        return ["prompt: prompt  # none was found: name its field, join its file, or give one for all as {text: …}"]
     used.append(names[0])
     guess = "" if named else "  # a guess: check it"
     return [f"prompt: {_said(names[0], columns)}{guess}"]
@@ -749,9 +749,8 @@ def _worded(name: str | list[str], values: list[str]) -> list[str]:
     if len(shares := {v: share for v in values if (share := _share(v)) is not None}) == len(values):
         listed = ", ".join(f"{_in_quotes(v)}: {share:.6g}" for v, share in shares.items())
         return [f"  map: {{{listed}}}  # check: other values are rejected", "  scale: unit"]
-    if len(commas := {v: n for v in values if (n := _number(_with_point(v))) is not None}) == len(values):
-        listed = ", ".join(f"{_in_quotes(v)}: {n:g}" for v, n in commas.items())
-        return [f"  map: {{{listed}}}  # check: other values are rejected", *_scale(name, [*commas.values()], [])]
+    if len(numbers := _numbers([_with_point(v) for v in values])) == len(values):
+        return _scale(name, numbers, [])
     if ordered := _ordered(values):
         return [f"  order: {_yaml(ordered)}  # check: must go from the worst to the best, the ones not seen too"]
     return _unordered(values)

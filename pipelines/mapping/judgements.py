@@ -27,7 +27,10 @@ Side = tuple[list[Message], str]  # a prompt and the response to it
 
 _SCALES = {"unit": (0.0, 1.0), "percent": (0.0, 100.0)}
 # "4/5", "4 out of 5" and "80%", with a point or a comma
-_SHARE = re.compile(r"(?P<n>[0-9]+([.,][0-9]+)?) *(%|(?:/|out of) *(?P<of>[0-9]+([.,][0-9]+)?))", re.IGNORECASE)
+_SHARE = re.compile(r"(?P<n>[0-9]+([.,][0-9]+)?)\s*(%|(?:/|out of)\s*(?P<of>[0-9]+([.,][0-9]+)?))", re.IGNORECASE)
+_WITH_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
+_PERHAPS_THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2},[0-9]{3}")
+_NARROW = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}  # full-width digits and signs
 _MODIFIERS = dict.fromkeys([0xFE0E, 0xFE0F, *range(0x1F3FB, 0x1F400)])  # how an emoji looks, not what it means
 
 
@@ -113,16 +116,36 @@ def _named_in(scope: Scope, groups: dict[str, Any]) -> dict[str, Any]:
     return {k: paths.needed(scope, v["field"]) if isinstance(v, dict) else v for k, v in groups.items()}
 
 
+def numeral(value: Any, where: str, most: float | None = None) -> Any:
+    """A text with its number as `number` reads it, from one in full-width digits or with a decimal comma.
+
+    A comma before three digits may part thousands too: it is decimal only on a scale that ends, at `most`, below 1000.
+    """
+    if not isinstance(value, str):
+        return value
+    said = value.translate(_NARROW).strip()
+    if _PERHAPS_THOUSANDS.fullmatch(said) and (most is None or most >= 1000):
+        told = f"{said.replace(',', '')} or {said.replace(',', '.')}"
+        raise Reject("invalid_reward", f"{where}: {show(value)} may be {told}; write it as one of them, or use map")
+    return said.replace(",", ".") if _WITH_COMMA.fullmatch(said) else said
+
+
+def read_number(value: Any, where: str, most: float | None = None) -> float:
+    """The number of a label, counted where it is text."""
+    return number(numeral(value, where, most), where)
+
+
 def _share(value: Any, where: str, most: float | None) -> Any:
     """A number that a text gives as a share, on the scale that ends at `most`; any other value as it is.
 
     "80%" and "4/5" are 0.8 of a scale from 0 to 1 or 0 to 100, and 4/5 is 4 on one that ends at 5; without `most` they
     are shares of 1.
     """
-    found = _SHARE.fullmatch(unicodedata.normalize("NFKC", value).strip()) if isinstance(value, str) else None
+    found = _SHARE.fullmatch(value.translate(_NARROW).strip()) if isinstance(value, str) else None
     if not found:
         return value
-    n, of = (float(given.replace(",", ".")) for given in (found["n"], found["of"] or "100"))
+    of = float(numeral(found["of"] or "100", where))
+    n = float(numeral(found["n"], where, of))
     if of == most:
         return n
     if most not in (None, 1, 100) or not of:
@@ -161,16 +184,13 @@ def judgements(scope: Scope, label: Label) -> list[Judgement]:
 
 
 def _annotations(scope: Scope, label: Label) -> list[Judgement]:
-    where = label["each"]
-    found = paths.find(scope, where)
-    if not isinstance(found, list | None):
-        raise Reject("wrong_type", f"{where}: expected a list of annotations, got {show(found)}")
+    found = paths.find(scope, label["each"])
     made = []
-    for i, one in enumerate(found or []):
-        inner = {**scope, "annotation": one}
+    for where, key, one in paths.elements([] if found is None else found, label["each"], "annotations"):
+        inner = {**scope, **paths.under(key), "annotation": one}
         by = paths.find(inner, label["by"]) if "by" in label else None
         who = None if is_missing(by) else annotator(key_text(by, label["by"]))
-        made.append(Judgement(f"{where}[{i}]", paths.find(inner, label["field"]), who, inner, label.get("swapped")))
+        made.append(Judgement(where, paths.find(inner, label["field"]), who, inner, label.get("swapped")))
     return made
 
 
@@ -189,7 +209,7 @@ def judge_one(side: Side, value: Any, where: str, label: Label, policy: Policy, 
     if "order" in label:
         return _ordered(side, value, where, label["order"], facts)
     if label.get("scale") == "sigmoid":
-        raw = number(value, where)
+        raw = read_number(value, where)
         if label.get("better") == "lower":
             tell_lower_is_better(facts["source"])
             return score(*side, _sigmoid(-raw), raw_reward=raw, **facts)
@@ -197,6 +217,7 @@ def judge_one(side: Side, value: Any, where: str, label: Label, policy: Policy, 
     low, high = _range(label)
     if (share := _share(value, where, high)) is not value:
         value, facts = share, _noted(facts, given)
+    value = numeral(value, where, max(abs(low), abs(high)))
     return rated(*side, value, where, low, high, policy, lower_is_better=label.get("better") == "lower", **facts)
 
 
@@ -259,13 +280,21 @@ def judge_two(
 def _p_first(value: Any, where: str, label: Label, policy: Policy, scope: Scope) -> float:
     if "preference" in label:
         ends = label["preference"]
-        place = number(_share(value, where, max(ends.values())), where)
+        place = _place(value, where, ends["first"], ends["second"])
         return preferred(place, ends["first"], ends["second"], policy)
     if "sign" in label:
-        size = number(value, where)
+        size = read_number(value, where)
         return 0.5 if not size else float((size > 0) == (label["sign"] == "positive"))
     name = value if "one_hot" in label else _among(value, _named_in(scope, label["winner"]), where)
     return {"first": 1.0, "second": 0.0, "tie": 0.5}[name]
+
+
+def _place(value: Any, where: str, first: float, second: float) -> float:
+    """A number between two ends. "1,2" is none between 1 and 2: where several can be ticked, it means both."""
+    both = (f"{first:g},{second:g}", f"{second:g},{first:g}")
+    if isinstance(value, str) and value.translate(_NARROW).strip() in both and 0 not in (first, second):
+        raise Reject("invalid_label", f"{where}: {show(value)} may be one number or both ends; use map")
+    return read_number(_share(value, where, max(first, second)), where, max(abs(first), abs(second)))
 
 
 def _hot(scope: Scope, label: Label) -> str | None:
@@ -290,8 +319,8 @@ def _two_numbers(value: Any, label: Label, where: str) -> tuple[float | None, fl
     if shares[0] is not first and shares[1] is not second:  # both are shares
         first, second = shares
     return (
-        None if first is None else number(first, f"{where}[0]"),
-        None if second is None else number(second, f"{where}[1]"),
+        None if first is None else read_number(first, f"{where}[0]"),
+        None if second is None else read_number(second, f"{where}[1]"),
     )
 
 
@@ -307,16 +336,21 @@ def judge_many(
     names: Sequence[Any] = (),
     **facts: Any,
 ) -> list[Row | LeftOut]:
-    """The rows of several responses, with a list of their labels in the same order, or of their `names` in another."""
+    """The rows of several responses, with their labels in a list in the same order, or by their `names`."""
+    made: list[Row | LeftOut] = [LeftOut(at, s.reason, s.detail) for at, s in sides if isinstance(s, Reject)]
     if "ranking" in label:
         values = _places_of(value, names, where, label)
+        if label["ranking"] == "best_only" and policy.rank_as != "scores":  # of the others, none is said to be better
+            policy = dataclasses.replace(policy, rank_as="best_vs_rest")
+    elif names:
+        values, nobody = _labels_of(value, names, where)
+        made += nobody
     else:
         values = value if isinstance(value, list) else [None] * len(sides) if value is None else value
     if not isinstance(values, list):
         raise Reject("wrong_type", f"{where}: expected a list of labels, got {show(value)}")
     if len(values) != len(sides):
         raise Reject("wrong_shape", f"{where}: {len(values)} labels for {len(sides)} responses")
-    made: list[Row | LeftOut] = [LeftOut(at, s.reason, s.detail) for at, s in sides if isinstance(s, Reject)]
     usable = [(at, s, v) for (at, s), v in zip(sides, values, strict=True) if not isinstance(s, Reject)]
     if "rank" in label or "ranking" in label:
         return some(made + (_ranked(usable, where, label, policy, facts) if usable else []))
@@ -328,11 +362,39 @@ def judge_many(
     return some(made)
 
 
+def _distinct(names: Sequence[Any], where: str) -> list[str]:
+    """The names of the responses as they are compared."""
+    said = [canonical(name) for name in names]
+    if twice := next((name for name in said if said.count(name) > 1), None):
+        raise Reject("wrong_shape", f"two responses are called {show(twice)}, so that {where} can judge neither")
+    return said
+
+
+def _labels_of(value: Any, names: Sequence[Any], where: str) -> tuple[list[Any], list[LeftOut]]:
+    """The label of each of `names` in an object of them, and those in it that no response has."""
+    if value is None:
+        return [None] * len(names), []
+    if not isinstance(value, dict):
+        raise Reject("wrong_type", f"{where}: expected the labels by the responses' names, got {show(value)}")
+    known_names = _distinct(names, where)
+    found: dict[str, Any] = {}
+    strange: list[LeftOut] = []
+    for key, one in value.items():
+        if (name := canonical(key)) in found:
+            raise Reject("wrong_shape", f"{where}: {show(key)} is there twice")
+        found[name] = one
+        if name not in known_names and not is_missing(one):
+            at = f"{where}.{paths.quoted(key)}"
+            strange.append(LeftOut(at, "missing_field", f"no response is called {show(key)}"))
+    return [found.get(name) for name in known_names], strange
+
+
 def _places_of(value: Any, names: Sequence[Any], where: str, label: Label) -> list[int | None]:
-    """The place of each of `names`, 1 for the best, in a ranking that lists them; None for one it leaves out."""
-    known_names = [canonical(name) for name in names]
-    if twice := next((name for name in known_names if known_names.count(name) > 1), None):
-        raise Reject("wrong_shape", f"two responses are called {show(twice)}, so that {where} can rank neither")
+    """The place of each of `names`, 1 for the best, in a ranking that lists them; None for one it leaves out.
+
+    Where only the best is named, the others share the place behind it.
+    """
+    known_names = _distinct(names, where)
     groups = _groups(value, label)
     if label["ranking"] == "worst_first":
         groups.reverse()
@@ -344,7 +406,8 @@ def _places_of(value: Any, names: Sequence[Any], where: str, label: Label) -> li
                 why = "is there twice" if name in places else f"is none of {_listed(names)}"
                 raise Reject("invalid_label", f"{where}: {show(name)} {why}")
             places[name] = place
-    return [places.get(name) for name in known_names]
+    behind = len(places) + 1 if label["ranking"] == "best_only" and places else None
+    return [places.get(name, behind) for name in known_names]
 
 
 def _groups(value: Any, label: Label) -> list[list[Any]]:
@@ -352,6 +415,8 @@ def _groups(value: Any, label: Label) -> list[list[Any]]:
     scalar = not isinstance(value, list | dict)
     if scalar and (is_missing(value) or ("missing" in label and canonical(value) in known(label["missing"]))):
         return []
+    if label["ranking"] == "best_only":
+        return [value if isinstance(value, list) else [value]]
     if isinstance(value, str):
         return [re.split(r"[=~≈]", part) for part in re.split(">" if ">" in value else r"[,;\n]", value)]
     return [one if isinstance(one, list) else [one] for one in (value if isinstance(value, list) else [value])]
@@ -382,7 +447,7 @@ def _rank(value: Any, where: str, label: Label) -> float | None:
     value = value_of(value, label, where)
     if value is None:
         return None
-    place = number(value, where)
+    place = read_number(value, where)
     if place < label["rank"] or not place.is_integer():
         raise Reject("invalid_label", f"{where}: {show(value)} is no rank; the best is {label['rank']}")
     return place

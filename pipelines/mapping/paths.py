@@ -90,6 +90,20 @@ def _hint(scope: dict[str, Any], path: str) -> str:
     return f"; there are {', '.join(map(str, list(scope)[:12]))}"[:300]
 
 
+def elements(value: Any, where: str, what: str) -> list[tuple[str, str | None, Any]]:
+    """Of a list or an object: where each of its `what` is, its key in an object, and itself."""
+    if isinstance(value, dict):
+        return [(f"{where}.{quoted(str(key))}", str(key), one) for key, one in value.items()]
+    if isinstance(value, list):
+        return [(f"{where}[{i}]", None, one) for i, one in enumerate(value)]
+    raise Reject("wrong_type", f"{where}: expected a list of {what}, or an object of them, got {show(value)}")
+
+
+def under(key: str | None) -> dict[str, Any]:
+    """What paths find as `key`: the one under which an element of an object stands."""
+    return {} if key is None else {"key": key}
+
+
 def opened(value: Any, steps: tuple[Step, ...], where: str) -> Any:
     """The value with the JSON text at the end of `steps` replaced by what it holds; a blank text becomes null."""
     if not steps:

@@ -40,6 +40,7 @@ def _together(one: str, other: str) -> Shape:
 
 
 _PATH = {"type": "string", "minLength": 1, "description": "a path into the record, such as a.b[0].c or choices[*].text"}
+_NAME = {"type": "string", "minLength": 1}
 _PLAIN = {"type": ["string", "number", "boolean"]}
 _PLAINS = {"anyOf": [_ref("plain"), _list(_ref("plain"))]}
 _PATHS = {"anyOf": [_ref("path"), _list(_ref("path"))]}
@@ -70,7 +71,12 @@ _MADE = _object(
     },
     oneOf=_one_of("field", "fields", "template", "text", "turns", "rounds"),
 )
-_TURN = _object({role: _ref("text") for role in ROLES}, minProperties=1, maxProperties=1)
+_TURN = _object(
+    {role: _ref("text") for role in ROLES}
+    | {"conversation": _ref("text", "several turns: a list of messages, rounds or a transcript")},
+    minProperties=1,
+    maxProperties=1,
+)
 _ROUNDS = _object(
     {
         "user": _ref("path", "the list of what the user said"),
@@ -118,13 +124,17 @@ _SIDE = {
 _WINNERS = {"first": _ref("side"), "second": _ref("side"), "tie": _ref("plains")}
 _LABEL = _object(
     {
-        "field": _ref("path", "where the label is; with several responses, a list of their labels"),
+        "field": _ref(
+            "path", "where the label is; with several responses, a list of their labels, or an object by name"
+        ),
         "fields": _list(_ref("path"), 2) | {"description": "the label of each response, in their order"},
         "annotators": {
             "anyOf": [_list(_ref("path")), {"type": "object", "additionalProperties": _ref("swapped")}],
             "description": "columns of labels, one for each annotator; or column: when they saw the other order",
         },
-        "each": _ref("path", "a list of annotations, each of them an `annotation` in `field` and `by`"),
+        "each": _ref(
+            "path", "a list of annotations, or an object: each an `annotation` in `field` and `by`, and its `key`"
+        ),
         "by": _ref("path", "with `each`: who made the annotation"),
         "score": _list({"type": "number"}, 2, 2) | {"description": "a number from low to high"},
         "stars": {"type": "integer", "minimum": 2, "description": "a number from 1 to this"},
@@ -133,12 +143,14 @@ _LABEL = _object(
         "order": _list(_ref("plain"), 2) | {"description": "words from the worst to the best"},
         "rank": {"enum": [0, 1], "description": "ranks, of which the best is 0 or 1"},
         "ranking": {
-            "enum": ["best_first", "worst_first"],
-            "description": "a list of the responses' names in their order, equal ones in a list; or a text, A > B = C",
+            "enum": ["best_first", "worst_first", "best_only"],
+            "description": "a list of the responses' names in their order, equal ones in a list; or a text, A > B = C; "
+            "best_only: the name of the best alone",
         },
         "names": {
             "anyOf": [_ref("path"), _list(_ref("plain")), {"enum": [0, 1]}],
-            "description": "with `ranking`: the names; by default the object's keys or the fields; 0 or 1: places from",
+            "description": "what the label calls each of several responses, in a ranking or as the keys of an object; "
+            "by default the keys in their object, or their fields; 0 or 1: places from",
         },
         "winner": _object(_WINNERS, required=["first", "second"]),
         "preference": _object(
@@ -202,7 +214,7 @@ _JOIN = _object(
         },
         "on": _ref("paths", "the record's key, of one or several fields"),
         "key": _ref("paths", "the joined file's key; the same as `on` by default"),
-        "as": {"type": "string", "minLength": 1, "description": "the name in paths; the join's own by default"},
+        "as": _NAME | {"description": "the name in paths; the join's own by default"},
         "json": _ref("paths", "fields of the joined file that hold JSON text"),
     },
     required=["file", "on"],
@@ -244,9 +256,11 @@ SHAPE: Shape = {
             "each": {
                 "anyOf": [
                     _ref("path"),
-                    _object({"field": _ref("path"), "as": {"type": "string", "minLength": 1}}, required=["field"]),
+                    _object({"field": _ref("path"), "as": _NAME, "before": _NAME}, required=["field"]),
                 ],
-                "description": "a list whose elements are items of their own; `item` in paths, or as `as` says",
+                "description": "a list or object whose elements are items of their own; `item` in paths, or as `as` "
+                "says; `key` is that of an object, and `before` names the list of the elements before it; "
+                "`.` is the record, or a file that is one object, itself",
             },
             "json": _ref("paths", "fields that hold JSON text"),
             "where": {

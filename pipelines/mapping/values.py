@@ -35,14 +35,10 @@ def several(scope: Scope, given: str | list[Given]) -> list[tuple[str, Any]]:
     """Where each of several responses comes from, and the value there (the turns where it is made, or None)."""
     if isinstance(given, list):
         return [(f"responses[{i}]", one) for i, one in enumerate(given)]
-    found = paths.needed(scope, given)
-    if not isinstance(found, list | dict):
-        raise Reject("wrong_type", f"{given}: expected a list of responses, or an object of them, got {show(found)}")
+    found = paths.elements(paths.needed(scope, given), given, "responses")
     if not found:
         raise Reject("missing_field", f"{given} is empty")
-    if isinstance(found, dict):
-        return [(f"{given}.{paths.quoted(str(key))}", value) for key, value in found.items()]
-    return [(f"{given}[{i}]", value) for i, value in enumerate(found)]
+    return [(where, value) for where, _, value in found]
 
 
 def names_of(scope: Scope, given: str | list[Given], names: Any) -> list[Any]:
@@ -60,6 +56,8 @@ def names_of(scope: Scope, given: str | list[Given], names: Any) -> list[Any]:
         if not isinstance(told, list) or any(isinstance(name, list | dict) for name in told):
             raise Reject("wrong_type", f"{names}: expected a list of names, got {show(told)}")
         return told
+    if isinstance(found, list) and found is not given:
+        raise Reject("wrong_type", f"{given} is a list: say in label.names what its elements are called")
     return list(found)
 
 
@@ -84,10 +82,11 @@ def with_system(scope: Scope, given: Given | None, turns: list[Message]) -> list
 # --- what a text is made of ------------------------------------------------------------------------
 
 
-def _turns(scope: Scope, given: Given, role: str, where: str) -> list[Message]:
+def _turns(scope: Scope, given: Given, role: str | None, where: str) -> list[Message]:
+    """The turns; a text is one of `role`, or none at all."""
     if isinstance(given, dict) and "turns" in given:
         spoken = [next(iter(turn.items())) for turn in given["turns"]]
-        return [Message(role=who, content=text(_made(scope, said, where), where)) for who, said in spoken]
+        return [turn for who, said in spoken for turn in _spoken(scope, who, said, where)]
     if isinstance(given, dict) and "rounds" in given:
         return _rounds(scope, given["rounds"])
     named = f"{where} ({given})" if isinstance(given, str) and given != where else where
@@ -99,20 +98,26 @@ def _turns(scope: Scope, given: Given, role: str, where: str) -> list[Message]:
     return _as_turns(value, named, role)
 
 
-def _as_turns(value: Any, where: str, role: str) -> list[Message]:
-    if isinstance(value, str):
+def _spoken(scope: Scope, who: str, said: Given, where: str) -> list[Message]:
+    if who == "conversation":
+        return _turns(scope, said, None, where)
+    return [Message(role=who, content=text(_made(scope, said, where), where))]
+
+
+def _as_turns(value: Any, where: str, role: str | None) -> list[Message]:
+    if isinstance(value, str) and role:
         return [Message(role=role, content=value)]
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
-        raise Reject("wrong_type", f"{where}: expected text or messages, got {show(value)}")
+        raise Reject("wrong_type", f"{where}: expected {'text or ' if role else ''}messages, got {show(value)}")
     return answered(value, where) if role == "assistant" else messages(value, where)
 
 
 def _made(scope: Scope, given: Given, where: str) -> Any:
     """The value of a prompt or response before it is cut into turns."""
     if isinstance(given, str):
-        return paths.needed(scope, given)
+        return _no_number(paths.needed(scope, given), given, where)
     if isinstance(given, list):
         return _joined(scope, given, [], "\n\n")
     if "text" in given:
@@ -122,10 +127,18 @@ def _made(scope: Scope, given: Given, where: str) -> Any:
     elif "fields" in given:
         value = _joined(scope, given["fields"], given.get("optional", []), given.get("separator", "\n\n"))
     elif "field" in given:
-        value = paths.needed(scope, given["field"])
+        value = _no_number(paths.needed(scope, given["field"]), given["field"], where)
     else:
         raise Reject("wrong_type", f"{where}: expected one text, got turns")
     return _trimmed(value, given, where)
+
+
+def _no_number(value: Any, path: str, where: str) -> Any:
+    """The value, which must be no number: those become text where a template asks for it."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        told = f'{where}: expected text, got {show(value)}; to take numbers as text write {{template: "{{{path}}}"}}'
+        raise Reject("wrong_type", told)
+    return value
 
 
 def _trimmed(value: Any, given: dict[str, Any], where: str) -> Any:

@@ -41,7 +41,8 @@ KINDS = {
     "jsonl": "JSON lines: one value a line; blank lines are counted but are no records",
     "json": "a JSON array, its elements; one object, or several in a row; an object that wraps the array, as "
     '{"data": [...]}, or that is a table, its rows: as pandas writes it (orient columns, index or split), or with a '
-    "list for each column (of conversations, or of more than 100 values)",
+    "list for each column (of conversations, or of more than 100 values); for a mapping with `each: .`, the members of "
+    "an object",
     "csv": "CSV or TSV with a header, perhaps below a title (rows with one filled cell), in UTF-8 or (with a byte "
     "order mark) UTF-16; every cell is text",
     "xlsx": "an Excel workbook: the rows below each sheet's header, perhaps below a title, one sheet after the other",
@@ -196,6 +197,7 @@ def texts(of: Range, names: Sequence[str]) -> Iterator[Raw | Texts]:
 _READ: dict[str, Callable[[Range], Iterator[Raw]]] = {
     "jsonl": lines.read,
     "json": arrays.read,
+    "members": arrays.read_members,
     "csv": delimited.read,
     "xlsx": workbooks.read,
     "parquet": tables.read_parquet,

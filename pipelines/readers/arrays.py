@@ -134,6 +134,19 @@ def read(of: Range) -> Iterator[Raw]:
             yield from _parsed(of, buffer, b"")
 
 
+def read_members(of: Range) -> Iterator[Raw]:
+    """The members of an object, each of them an object with one key; anything else is read as `read` does."""
+    with io.open_bytes(of.path) as file:
+        buffer = _Buffer(file)
+        if buffer.skip() != b"{":
+            yield from read(of)
+            return
+        buffer.at += 1
+        yield from _parsed(of, buffer, b"}")
+        if buffer.skip():
+            raise UserError(f"{of.path}: more follows the JSON object; write one object, or one per line as JSON lines")
+
+
 def _parsed(of: Range, buffer: _Buffer, closer: bytes) -> Iterator[Raw]:
     position, between = 1, b""
     while (byte := buffer.skip()) != closer:
@@ -144,10 +157,12 @@ def _parsed(of: Range, buffer: _Buffer, closer: bytes) -> Iterator[Raw]:
                 if not byte:
                     raise _BrokenOff
                 _, size, text = _element(buffer, closer, base.RECORD_BYTES)
+                whole = size == len(text)
+                text = b"{%b}" % text if closer == b"}" else text
             except _BrokenOff:
                 told = f"{of.path}: the JSON breaks off or is invalid after record {position - 1}"
                 raise UserError(f"{told}: its brackets or quotes do not close") from None
-            yield Raw(position, text, parse(text) if size == len(text) else base.too_long(size))
+            yield Raw(position, text, parse(text) if whole else base.too_long(size))
             between = match[0] if (match := _BETWEEN.match(buffer.text, buffer.at - 1)) else between
         position += 1
     buffer.at += len(closer)
@@ -277,6 +292,7 @@ def like_table(value: dict[str, Any]) -> str:
         )
     elif len(columns) > 1 and all(isinstance(c, dict) and c and list(c) == list(columns[0]) for c in columns):
         what, rows = f"{len(columns)} objects with the same fields", "[{'id': key} | row for key, row in t.items()]"
+        what += " (a mapping with `each: .` reads them one by one)"
     else:
         return ""
     write = f"""python -c "import json; t = json.load(open('FILE')); json.dump({rows}, open('rows.json', 'w'))\""""

@@ -1,8 +1,10 @@
 """What all readers share: a record as it lies in its file, the limits, JSON, and the header of a table."""
 
+import datetime
 import json
 import logging
 import re
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,7 +43,7 @@ class Range:
     """A piece of a file that one worker reads: bytes (jsonl), row groups (parquet) or the whole file."""
 
     path: str
-    kind: str  # one of KINDS
+    kind: str  # one of KINDS; members: a JSON object whose members are records
     start: int = 0
     stop: int = -1  # -1: to the end
     first: int = 1  # position of its first record
@@ -90,6 +92,20 @@ def twice(text: bytes) -> str | None:
     except (ValueError, RecursionError):
         return None  # it is rejected as it is
     return found[0] if found else None
+
+
+def as_text(value: Any) -> Any:
+    """A value with text for what JSON has no form of: ISO 8601 for times and durations, and the usual one for UUIDs."""
+    if isinstance(value, dict):
+        return {key: as_text(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_text(one) for one in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta):
+        seconds = f"{abs(value).total_seconds():.6f}".rstrip("0").rstrip(".")
+        return f"{'-' if value.total_seconds() < 0 else ''}PT{seconds}S"
+    return str(value) if isinstance(value, uuid.UUID) else value
 
 
 def too_long(size: int) -> Reject:

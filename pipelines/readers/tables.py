@@ -1,6 +1,7 @@
 """Parquet and Arrow IPC files, one record at a time or, where they hold texts alone, by column."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, BinaryIO
@@ -12,6 +13,7 @@ from pipelines.readers import base
 from pipelines.readers.base import Range, Raw, Texts
 from schemas.errors import Reject, UserError
 
+_NO_JSON = re.compile("date|time|duration|uuid")  # in the name of a type
 BATCH_ROWS = 1_000  # rows of a table that are Python values at a time
 
 
@@ -58,7 +60,7 @@ def _python_rows(batch: pa.RecordBatch, position: int) -> Iterator[Raw]:
     """Rows as Python values; a row that Python cannot hold (a year 146,000, text that is not UTF-8) is rejected."""
     try:
         batch.validate(full=True)
-        rows: list[Any] = _without_decimals(batch).to_pylist()
+        rows: list[Any] = _values(batch)
     except (ValueError, OverflowError, KeyError):
         rows = [_python_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
     for i, row in enumerate(rows, position):
@@ -66,12 +68,31 @@ def _python_rows(batch: pa.RecordBatch, position: int) -> Iterator[Raw]:
         yield Raw(i, text, row)
 
 
-def _without_decimals(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Fixed-point columns, as databases write them, as floats."""
+def _values(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     for i, field in enumerate(batch.schema):
-        if pa.types.is_decimal(field.type):
-            batch = batch.set_column(i, field.name, batch.column(i).cast(pa.float64()))
-    return batch
+        if (kind := _plain(field.type)) != field.type:
+            batch = batch.set_column(i, field.name, batch.column(i).cast(kind, safe=False))
+    rows: list[dict[str, Any]] = batch.to_pylist()
+    for name in [field.name for field in batch.schema if _NO_JSON.search(str(field.type))]:
+        for row in rows:
+            row[name] = base.as_text(row[name])
+    return rows
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type to read: floats for fixed-point numbers, as databases write them; no nanoseconds, unknown to Python."""
+    if pa.types.is_decimal(kind):
+        return pa.float64()
+    if pa.types.is_struct(kind):
+        return pa.struct([kind.field(i).with_type(_plain(kind.field(i).type)) for i in range(kind.num_fields)])
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        inner = kind.value_field.with_type(_plain(kind.value_type))
+        return pa.list_(inner) if pa.types.is_list(kind) else pa.large_list(inner)
+    if getattr(kind, "unit", None) != "ns":
+        return kind
+    if pa.types.is_timestamp(kind):
+        return pa.timestamp("us", kind.tz)
+    return pa.duration("us") if pa.types.is_duration(kind) else pa.time64("us")
 
 
 def _holds_texts(batch: pa.RecordBatch, names: Sequence[str]) -> bool:
@@ -93,7 +114,7 @@ def _row(batch: pa.RecordBatch, position: int, i: int) -> Raw:
 def _python_row(row: pa.RecordBatch) -> Any:
     try:
         row.validate(full=True)
-        return row.to_pylist()[0]
+        return _values(row)[0]
     except (ValueError, OverflowError, KeyError) as error:
         is_text = isinstance(error, UnicodeDecodeError) or "UTF8" in str(error)
         return Reject("invalid_unicode" if is_text else "wrong_type", f"{type(error).__name__}: {error}")

@@ -1,6 +1,5 @@
 """Excel workbooks: the rows below the header of each sheet."""
 
-import datetime
 import json
 import logging
 import re
@@ -151,6 +150,4 @@ def _cell(cell: Any, where: str) -> Any:
         return _CONTROL.sub(lambda match: chr(int(match[1], 16)), value)
     if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53:
         return int(value)
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    return str(value) if isinstance(value, datetime.timedelta) else value
+    return base.as_text(value)
