@@ -18,6 +18,7 @@ from pipelines import dataset, io, readers
 from pipelines import mapping as mappings
 from pipelines.converters import CONVERTERS, LeftOut, Policy, columns, detect, doubt, first_match, nearest
 from pipelines.converters.base import CHOICES, PAPER_WEIGHTS, touched
+from pipelines.mapping.leaning import leaning, verdict
 from pipelines.unread import unread
 from schemas.command import did_you_mean, ranges, weights
 from schemas.errors import Reject, UsageError, UserError
@@ -122,6 +123,17 @@ def _unread(source: Source, records: Iterable[Any], policy: Policy) -> dict[str,
     return {path.removeprefix("."): ", ".join(map(_brief, values)) for path, values in of.items()}
 
 
+def _verdicts(source: Source, records: list[dict[str, Any]]) -> str:
+    """A field that is not read, and whose values are all words for good or bad; '' if there is none."""
+    for path, values in unread(records, lambda record: source.reading.convert(record, source.name, Policy())).items():
+        words = [
+            v for v in values if isinstance(v, str) and len(v) < 20 and (len(v) > 3 or not v.isascii())
+        ]  # `no` may be a language
+        if len(words) == len(values) and all(verdict(word) or leaning(word) for word in words):
+            return f"{path.removeprefix('.')} ({', '.join(map(_brief, values))})"
+    return ""
+
+
 def _brief(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 40 else f"{text[:40]}…"
@@ -195,6 +207,11 @@ def _detected(path: str, values: Iterator[Any], kind: str) -> tuple[str, float]:
         raise UserError(
             f"{path}: chosen and rejected hold {first[0]!r} and {second[0]!r}, which seem to name {first[1]} and "
             f"{second[1]}; say so with a --mapping, or pass --format {name}"
+        )
+    if CONVERTERS[name].feedback == "demonstration" and (field := _verdicts(Source(path, kind, name, ""), found)):
+        raise UserError(
+            f"{path}: {field} may say whether a response is good, and {name} would take all as examples to follow; "
+            f"pass --format {name} if it does not, or say what it means with a --mapping"
         )
     if count < len(found):
         log.info("%s: %d of the first %d records look like %s", path, count, len(found), name)

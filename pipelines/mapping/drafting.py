@@ -14,7 +14,7 @@ from typing import Any
 
 from pipelines.converters.messages import SYSTEM, judged
 from pipelines.mapping import paths
-from pipelines.mapping.leaning import leaning, snake
+from pipelines.mapping.leaning import leaning, snake, verdict
 
 Column = list[Any]  # the values of a field that are there
 
@@ -48,14 +48,6 @@ _LABEL = (
 _ANNOTATOR = r"annotator|user_id|worker|evaluator|rater|labeler|labeller|reviewer|completed_by"
 _RATERS = r"(rater|annotator|judge|evaluator|reviewer|labell?er|grader|expert|human)[ _-]?[0-9]+"
 _KEPT = r"id|model|model_.*|.*_model|language|lang|category|domain|source|timestamp|date"
-_GOOD = "good|up|thumbs[ _]?up|👍|yes|true|liked?|positive|correct|accept(ed)?|1|ja|oui|s[ií]|gut|好|是|对|赞|да|نعم"
-_GOOD += (
-    "|approved|pass(ed)?|helpful|useful|safe|satisfied|sim|bueno|bon|満足|良い|満意|满意|好评|有用|좋아요|хорошо|جيد"
-)
-_GOOD += "|y|❤|😀|😃|🙂|😊|✅|✔|💯"
-_BAD = "bad|down|thumbs[ _]?down|👎|no|false|disliked?|negative|wrong|incorrect|reject(ed)?|0|-1|nein|non"
-_BAD += "|schlecht|坏|否|错|踩|нет|لا|fail(ed)?|(un|not[ _])helpful|useless|unsafe|(un|dis)satisfied|não|malo|mauvais"
-_BAD += "|n|不満|悪い|不满意|差评|没用|싫어요|плохо|سيئ|💔|😞|🙁|☹|😠|😡|❌|✖|✗|✘"
 # A label of such values means what its name says: a yes may be good or bad.
 _YES_NO = r"yes|no|true|false|1|0|-1|y|n|ja|nein|oui|non|s[ií]|sim|não|да|нет|是|否|نعم|لا"
 _RANK = "rank(ed|ing)?|rang|platz|place|puesto|order|ранг|место|排名|名次|順位"  # the first is the best
@@ -570,7 +562,7 @@ def _tells_quality(name: str, values: Column) -> bool:
     if _says_yes(values):
         return leaning(name) != 0
     graded = bool(_ordered(distinct)) or all(_share(v) is not None for v in distinct)
-    return graded or all(re.fullmatch(f"{_GOOD}|{_BAD}", _same(v), re.IGNORECASE) for v in distinct)
+    return graded or all(map(verdict, distinct))
 
 
 def _says_yes(values: Column) -> bool:
@@ -605,7 +597,7 @@ def _are_few_words(values: Column) -> bool:
     """Whether the values are short texts that come again, or too few to tell; a single one only where it is bad."""
     distinct = _distinct(values) if _are_short(values) else []
     if len(distinct) == 1:
-        return leaning(distinct[0]) < 0 or re.fullmatch(_BAD, _same(distinct[0]), re.IGNORECASE) is not None
+        return leaning(distinct[0]) < 0 or verdict(distinct[0]) < 0
     return 1 < len(distinct) <= _FEW and (len(values) <= _FEW or len(distinct) < len(values))
 
 
@@ -688,8 +680,8 @@ def _label_of_one(name: str | list[str], values: Column) -> list[str]:
     distinct = [v for v in _distinct(values) if not _MISSING.fullmatch(v)]
     missing = [v for v in _distinct(values) if _MISSING.fullmatch(v)]
     absent = [f"  missing: {_yaml(missing)}  # check: do these stand for no label?"] if missing else []
-    good = [v for v in distinct if re.fullmatch(_GOOD, _same(v), re.IGNORECASE)]
-    bad = [v for v in distinct if re.fullmatch(_BAD, _same(v), re.IGNORECASE)]
+    good = [v for v in distinct if verdict(v) > 0]
+    bad = [v for v in distinct if verdict(v) < 0]
     signed = {_same(v) for v in distinct} == {"-1", "0", "1"}
     numbers = _numbers(values)
     told = len(good) + len(bad) == len(distinct) and not signed
@@ -858,7 +850,7 @@ def _label_of_two(columns: dict[str, Column], used: list[str], sides: tuple[str,
     absent = {_same(str(v)) for v in missing}
     distinct = [v for v in _distinct(values) if _same(v) not in absent]
     if side is not None and _says_yes(distinct):
-        yes = [v for v in distinct if re.fullmatch(_GOOD, _same(v), re.IGNORECASE)]
+        yes = [v for v in distinct if verdict(v) > 0]
         no = [v for v in distinct if v not in yes and not _MISSING.fullmatch(v)]
         first, second = (yes, no) if turned else (no, yes)
         told = f"first: {_yaml(first or [_another(second)])}, second: {_yaml(second or [_another(first)])}"

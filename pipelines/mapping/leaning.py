@@ -1,11 +1,25 @@
-"""Whether the name of a field says that a yes in it is good or bad: `helpful`, `not_helpful`, `unsafe`, `error_free`.
+"""Whether a name or a value says good or bad: a yes under `helpful`, `not_helpful`, `unsafe`; `thumbs up`, `schlecht`.
 
-It leaves out names that say only what was measured (`quality`, `rating`), and what people did (`retried`, `edited`):
+Names leave out names that say only what was measured (`quality`, `rating`), and what people did (`retried`, `edited`):
 there a yes may be either.
 """
 
 import re
 
+from pipelines.mapping.judgements import canonical
+
+# Values, as whole texts.
+_YES = (
+    r"good|up|thumbs[ _]?up|👍|yes|true|liked?|positive|correct|accept(ed)?|1|ja|oui|s[ií]|gut|好|是|对|赞|да|نعم|y"
+    r"|approved|pass(ed)?|helpful|useful|safe|satisfied|sim|bueno|bon|満足|良い|満意|满意|好评|有用|좋아요|хорошо|جيد"
+    r"|❤|😀|😃|🙂|😊|✅|✔|💯"
+)
+_NO = (
+    r"bad|down|thumbs[ _]?down|👎|no|false|disliked?|negative|wrong|incorrect|reject(ed)?|0|-1|nein|non|n|não|нет|لا"
+    r"|schlecht|坏|否|错|踩|fail(ed)?|(un|not[ _])helpful|useless|unsafe|(un|dis)satisfied|malo|mauvais|不満|悪い"
+    r"|不满意|差评|没用|싫어요|плохо|سيئ|💔|😞|🙁|☹|😠|😡|❌|✖|✗|✘"
+)
+# Words of names.
 _GOOD = (  # starts of words
     r"good|ok(ay)?\b|helpful|useful|harmless|flawless|unbias|correct(ly)?\b|accurate|accept|approv|pass(ed|es)?\b|like[sd]?\b|loved?\b"
     r"|safe\b|satisf(ied|ying|actory)|thumbs? ?up|upvot|best|better|prefer|chosen|win(s|ner|ning)?\b|won\b|resolved"
@@ -51,3 +65,9 @@ def leaning(name: str) -> int:
 def _sign(found: re.Match[str]) -> int:
     turned = found["ungood"] or found["notgood"] or found["unbad"]
     return 1 if bool(found["good"]) != bool(turned) else -1
+
+
+def verdict(value: str) -> int:
+    """1 where a value says by itself that something is good, or yes, -1 where it says bad, or no, else 0."""
+    said = canonical(value)
+    return bool(re.fullmatch(_YES, said, re.IGNORECASE)) - bool(re.fullmatch(_NO, said, re.IGNORECASE))
