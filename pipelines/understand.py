@@ -125,13 +125,22 @@ def _unread(source: Source, records: Iterable[Any], policy: Policy) -> dict[str,
 
 def _verdicts(source: Source, records: list[dict[str, Any]]) -> str:
     """A field that is not read, and whose values are all words for good or bad; '' if there is none."""
-    for path, values in unread(records, lambda record: source.reading.convert(record, source.name, Policy())).items():
-        words = [
-            v for v in values if isinstance(v, str) and len(v) < 20 and (len(v) > 3 or not v.isascii())
-        ]  # `no` may be a language
+    found = unread(records, lambda record: source.reading.convert(record, source.name, Policy()))
+    for path, values in (leaf for field, values in found.items() for leaf in _leaves(field, values)):
+        words = [v for v in values if isinstance(v, str) and len(v) < 20]
+        words = [v for v in words if len(v) > 3 or not v.isascii()]  # `no` may be a language
         if len(words) == len(values) and all(verdict(word) or leaning(word) for word in words):
             return f"{path.removeprefix('.')} ({', '.join(map(_brief, values))})"
     return ""
+
+
+def _leaves(path: str, values: list[Any]) -> Iterator[tuple[str, list[Any]]]:
+    """The values, or, of objects, those of each of their fields."""
+    if not all(isinstance(value, dict) for value in values):
+        yield path, values
+        return
+    for key in {key: None for value in values for key in value}:
+        yield from _leaves(f"{path}.{key}", [value[key] for value in values if key in value])
 
 
 def _brief(value: Any) -> str:

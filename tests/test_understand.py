@@ -191,13 +191,10 @@ def test_a_judged_response_is_no_demonstration(una_here, tmp_path, record):
 
 @pytest.mark.parametrize("said", ["rejected", "👎", "helpful"])
 def test_a_word_for_good_or_bad_beside_a_demonstration_is_asked_about(una_here, tmp_path, said):
-    path = write_jsonl(tmp_path / "x.jsonl", [{"messages": TURNS, "meta": {"state": said, "language": "no"}}])
-    code, _, err = una_here("inspect", path)
-    assert code == 0, err  # the object is not looked into: it is told as a whole
-    path = write_jsonl(tmp_path / "x.jsonl", [{"messages": TURNS, "state": said, "language": "no"}])
+    path = write_jsonl(tmp_path / "x.jsonl", [{"messages": TURNS, "meta": {"language": "no", "state": said}}])
     code, _, err = una_here("inspect", path)
     assert code == 1
-    assert f'state ("{said}") may say whether a response is good' in err
+    assert f'meta.state ("{said}") may say whether a response is good' in err
     assert una_here("inspect", path, "--format", "trl_messages")[0] == 0
 
 
