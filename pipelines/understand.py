@@ -126,7 +126,7 @@ def _unread(source: Source, records: Iterable[Any], policy: Policy) -> dict[str,
 def _verdicts(source: Source, records: list[dict[str, Any]]) -> str:
     """A field that is not read, and whose values are all words for good or bad; '' if there is none."""
     found = unread(records, lambda record: source.reading.convert(record, source.name, Policy()))
-    for path, values in (leaf for field, values in found.items() for leaf in _leaves(field, values)):
+    for path, values in (leaf for field in found.items() for leaf in _leaves(*field)):
         words = [v for v in values if isinstance(v, str) and len(v) < 20]
         words = [v for v in words if len(v) > 3 or not v.isascii()]  # `no` may be a language
         if len(words) == len(values) and all(verdict(word) or leaning(word) for word in words):
