@@ -207,7 +207,8 @@ def _environment(out: Path) -> dict[str, str]:
     one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS"), "1")
     paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     cache = {"HF_DATASETS_CACHE": str(out / "cache"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    return {**os.environ, **one, **cache, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+    compiled = {"PYTHONDONTWRITEBYTECODE": ""}  # where it is set, una would be compiled again at every start
+    return {**os.environ, **one, **cache, **compiled, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
 
 
 # --- the files ---------------------------------------------------------------------------------
