@@ -78,9 +78,13 @@ def prepare(output: str, overwrite: bool) -> str:
         raise UserError(f"{output}: exists and is not empty; pass --overwrite to replace it, or another --output")
     Path(stage).mkdir(parents=True, exist_ok=True)
     _lock(stage, output)
-    for left in Path(stage).iterdir():  # by a run that was killed
-        if left.name != LOCK:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    try:
+        for left in Path(stage).iterdir():  # by a run that was killed
+            if left.name != LOCK:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    except KeyboardInterrupt:
+        _discard(stage)
+        raise
     return stage
 
 

@@ -6,12 +6,12 @@ all files, and settles labels where that is asked for. What rows a record become
 
 import argparse
 import dataclasses
-import json
 import logging
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,10 @@ def convert_range(
         touched.reset(counting)
         lowered.reset(gathering)
     report["spreads"] = settle.together(out.spreads)
-    report["data" if isinstance(out.rows_to, io.PartWriter) else "waiting"] = out.rows_to.close()
+    if isinstance(out.rows_to, io.PartWriter):
+        report["data"] = out.rows_to.close()
+    elif waiting := out.rows_to.close():
+        report["waiting"] = waiting, of, source
     report["pieces"] = out.labels_to.close() if out.labels_to else []
     report["rejects"] = out.rejects.close()
     lost = report["inputs"] - report["accepted"] - sum(report["rejected"].values())
@@ -96,17 +99,18 @@ class _Output:
         self.source, self.policy, self.report = source, policy, report
         self.rows_to: io.PartWriter | io.ScratchWriter = io.PartWriter(f"{path}.data.parquet", FEEDBACK, facts)
         if how.needed:
-            self.rows_to = io.ScratchWriter(f"{path}.waiting.arrow", FEEDBACK)
+            self.rows_to = io.ScratchWriter(f"{path}.waiting.arrow", settle.WAITING)
         plan = Plan((("train", 1.0),), (shards,)) if how.groups else None
         self.labels_to = Pieces(path, plan, settle.LABELS) if plan else None
         self.rejects = io.PartWriter(f"{path}.rejected.parquet", REJECTED)
         self.how, self.seed, self.put = how, seed, 0
         self.spreads: list[dict[str, settle.Spread]] = []
         self.rows: list[Row] = []
+        self.positions: list[int] = []  # of the records of these rows
         self.refused: list[dict[str, Any]] = []
 
     def record(self, raw: readers.Raw) -> None:
-        self.rows += self._rows_of(raw)
+        self._gather(raw)
         if len(self.rows) >= BATCH_ROWS or len(self.refused) >= BATCH_ROWS:
             self.write()
 
@@ -119,23 +123,34 @@ class _Output:
         table = text_rows(prompts.filter(which), [texts.filter(which) for texts in responses], self.source.name)
         self.report["inputs"] += int(usable.sum())
         self.report["accepted"] += int(usable.sum())
+        positions = np.repeat(found.record(0).position + np.flatnonzero(usable), len(responses))
         written = 0
         for i in np.flatnonzero(~usable).tolist():
-            if rows := self._rows_of(found.record(i)):
-                self._put(table.slice(written, int(before[i]) - written))
-                self._put(feedback.table(rows))
+            self._gather(found.record(i))
+            if self.rows:
+                self._put(table.slice(written, int(before[i]) - written), positions[written : int(before[i])])
+                self._put_gathered()
                 written = int(before[i])
-        self._put(table.slice(written))
+        self._put(table.slice(written), positions[written:])
 
     def write(self) -> None:
         """Write what has gathered."""
-        if self.rows:
-            self._put(feedback.table(self.rows))
+        self._put_gathered()
         if self.refused:
             self.rejects.write(pa.Table.from_pylist(self.refused, schema=REJECTED))
             self.report["rejected"].update(Counter(r["reason"] for r in self.refused if r["part"] is None))
             self.report["rejected_parts"].update(Counter(r["reason"] for r in self.refused if r["part"] is not None))
-        self.rows, self.refused = [], []
+        self.refused = []
+
+    def _gather(self, raw: readers.Raw) -> None:
+        rows = self._rows_of(raw)
+        self.rows += rows
+        self.positions += [raw.position] * len(rows)
+
+    def _put_gathered(self) -> None:
+        if self.rows:
+            self._put(feedback.table(self.rows), np.array(self.positions))
+        self.rows, self.positions = [], []
 
     def _rows_of(self, raw: readers.Raw) -> list[Row]:
         """The rows of a record; what cannot be used is refused."""
@@ -150,11 +165,11 @@ class _Output:
         self.refused += [_refused(raw, self.source, one.reason, one.detail, one.part) for one in left_out]
         return [one for one in made if not isinstance(one, LeftOut)]
 
-    def _put(self, rows: pa.Table) -> None:
+    def _put(self, rows: pa.Table, positions: np.ndarray) -> None:
         if not rows.num_rows:
             return
         check(rows)
-        self.rows_to.write(rows)
+        self.rows_to.write(rows.append_column("position", pa.array(positions)) if self.how.needed else rows)
         if self.labels_to:
             self.labels_to.write(settle.labels(rows, self.put, self.seed))
         if self.how.scale != "range":
@@ -212,29 +227,36 @@ def settle_range(
 ) -> dataset.Result:
     """Do what was decided to the rows of a range that wait for it, write part files and report."""
     name, found = item
-    (path,) = found["waiting"]
+    ((path, of, source),) = found["waiting"]
     report = dataset.result([*map(int, name.split("-")), 0])
     data = io.PartWriter(f"{stage}/parts/{name}-settled.data.parquet", FEEDBACK, facts)
     rejects = io.PartWriter(f"{stage}/parts/{name}-settled.rejected.parquet", REJECTED)
     verdicts = _verdicts(sorted(found["verdicts"]))
     numbers = verdicts["at"].to_numpy()
     read = merged = 0
+    gone = _Gone()
     with io.open_scratch(path) as file:
         for batch in map(file.get_batch, range(file.num_record_batches)):
             first, last = np.searchsorted(numbers, [read, read + batch.num_rows])
             mine = verdicts.slice(first, last - first)
             mine = mine.set_column(0, "at", pa.array(numbers[first:last] - read))
-            rows, left_out, scaled = settle.apply(pa.Table.from_batches([batch], FEEDBACK), mine, how, scales)
+            waiting = pa.Table.from_batches([batch], settle.WAITING)
+            positions = waiting["position"].to_numpy()
+            rows, left_out, scaled = settle.apply(waiting.drop_columns("position"), mine, how, scales)
+            gone.add(positions, left_out)
             read, merged = read + batch.num_rows, merged + batch.num_rows - rows.num_rows - len(left_out)
             if rows.num_rows:
                 check(rows)
                 data.write(rows)
-            if left_out:
-                refused = [_unsettled(**one) for one in left_out]
-                rejects.write(pa.Table.from_pylist(refused, schema=REJECTED))
             report["rows"].update(_types(rows))
-            report["rejected_parts"].update(one["reason"] for one in left_out)
             report["touched"]["scale"] += scaled
+    refused = gone.refused(of, source)
+    while some := list(islice(refused, BATCH_ROWS)):
+        rejects.write(pa.Table.from_pylist(some, schema=REJECTED))
+        whole = Counter(one["reason"] for one in some if one["part"] is None)
+        report["rejected"].update(whole)
+        report["accepted"] -= whole.total()  # they were, when the range was read
+        report["rejected_parts"].update(one["reason"] for one in some if one["part"] is not None)
     report["data"], report["rejects"], report["merged"] = data.close(), rejects.close(), merged
     return report
 
@@ -248,10 +270,30 @@ def _verdicts(places: list[Place]) -> pa.Table:
     return pa.concat_tables([settle.VERDICTS.empty_table(), *found]).sort_by("at").combine_chunks()
 
 
-def _unsettled(row: dict[str, Any], reason: str, detail: str) -> dict[str, Any]:
-    payload = json.dumps(row, ensure_ascii=False).encode()
-    about = {"source_file": row["source"], "position": 0, "part": f"row {row['id']}"}
-    return {"reason": reason, "detail": detail, **about, "payload": payload}
+class _Gone:
+    """Rows of a range that were left out, and the records that they are of."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, list[tuple[str, str, str]]] = {}  # position of the record → reason, detail, id of each row
+        self.alive: set[int] = set()  # of these, the records of which a row is left, or was merged into another
+        self.last = self.last_gone = np.array([], np.int64)  # a record's rows may go on in the next batch
+
+    def add(self, positions: np.ndarray, left_out: list[dict[str, Any]]) -> None:
+        """A batch, by the position of each row's record, and what `settle.apply` left out of it."""
+        gone = np.array([one["at"] for one in left_out], np.int64)
+        for position, one in zip(positions[gone].tolist(), left_out, strict=True):
+            self.of.setdefault(position, []).append((one["reason"], one["detail"], one["row"]["id"]))
+        left = np.concatenate([self.last, np.delete(positions, gone)])
+        those = np.concatenate([self.last_gone, positions[gone]])
+        self.alive.update(np.intersect1d(left, those).tolist())
+        self.last, self.last_gone = left[-1:], those[-1:]
+
+    def refused(self, of: readers.Range, source: Source) -> Iterator[dict[str, Any]]:
+        """Records of which nothing is left, and rows of others, as they are kept; the range is read again for it."""
+        for raw in understand.raws(of, source) if self.of else ():
+            gone = self.of.get(raw.position, [])
+            for reason, detail, row in gone if raw.position in self.alive else gone[:1]:
+                yield _refused(raw, source, reason, detail, f"row {row}" if raw.position in self.alive else None)
 
 
 # --- the pipeline --------------------------------------------------------------------------------
@@ -306,7 +348,7 @@ def build(
             | "gather" >> beam.GroupByKey()
             | "judge" >> beam.Map(judge_shard, of, how=how, stage=stage).with_output_types(dict)
         )
-        waiting = converted | "waiting" >> beam.FlatMap(_waiting).with_output_types(tuple[str, str])
+        waiting = converted | "waiting" >> beam.FlatMap(_waiting).with_output_types(tuple[str, Any])
         verdicts = judged | "verdicts" >> beam.FlatMap(_places).with_output_types(tuple[str, Place])
         settled = (
             {"waiting": waiting, "verdicts": verdicts}
@@ -326,7 +368,7 @@ def _pieces(report: dataset.Result) -> Iterator[tuple[int, tuple[list[int], Piec
         yield shard, (report["index"], piece)
 
 
-def _waiting(report: dataset.Result) -> Iterator[tuple[str, str]]:
+def _waiting(report: dataset.Result) -> Iterator[tuple[str, Any]]:
     if report["waiting"]:
         yield dataset.part_name(report["index"]), report["waiting"]
 
@@ -340,9 +382,12 @@ def _statistics(
 ) -> dict[str, dict[str, Any]]:
     """What new rewards are made from, per source: as stored by an earlier run, or of all ranges in their order."""
     method, calibration = asked
-    if calibration is not None or method == "range":
-        return calibration or {}
+    if method == "range":
+        return {}
     whole = settle.together(spreads for _, spreads in sorted(parts, key=lambda part: part[0]))
+    if calibration is not None:
+        settle.require_direction(calibration, whole)
+        return calibration
     return {source: settle.statistics(method, spread) for source, spread in whole.items()}
 
 

@@ -9,9 +9,9 @@ prompt. Which records become which rows is the converters' work; nothing here kn
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from statistics import median, multimode
+from statistics import fmean, median, multimode
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from schemas.errors import UserError
-from schemas.feedback import identify
+from schemas.feedback import FEEDBACK, identify
 
 ANNOTATORS = ("keep_all", "majority", "mean", "median", "bradley_terry")
 DUPLICATES = ("keep_all", "keep_first", "merge_mean", "reject")
@@ -59,21 +59,28 @@ def spreads(rows: pa.Table, lowered: Collection[str] = ()) -> dict[str, Spread]:
         raw = of_source["raw_reward"].to_numpy()
         values, counts = np.unique(raw, return_counts=True)
         of = {"lower_is_better": source in lowered, "low": float(raw.min()), "high": float(raw.max())}
-        found[source] = of | spread_of(len(raw), [raw.sum()], [(raw**2).sum()], values, counts)
+        found[source] = of | spread_of(np.ones(len(raw)), raw, np.zeros(len(raw)), values, counts)
     return found
 
 
-def spread_of(n: int, sums: Any, squares: Any, values: np.ndarray, counts: np.ndarray) -> Spread:
-    """What a spread says of sums, and of the distinct values with their counts."""
+def spread_of(n: Any, means: Any, squares: Any, values: np.ndarray, counts: np.ndarray) -> Spread:
+    """What a spread says of parts, and of the distinct values with their counts.
+
+    Of each part: how many there are, their mean, and the sum of the squares of what they are away from it.
+    """
+    n, means = np.asarray(n, float), np.asarray(means, float)
+    with np.errstate(over="ignore", invalid="ignore"):  # `statistics` refuses what is too large
+        mean = math.fsum(n * (means / n.sum()))
+        around = math.fsum([*squares, *(n * (means - mean) ** 2)])
     if len(values) > POINTS:  # the values at evenly spaced places in their order, each for those around it
         upto = np.cumsum(counts)
         at = np.searchsorted(upto, np.linspace(1, upto[-1], POINTS))
         at = np.unique(at)
         values, counts = values[at], np.diff(upto[at], prepend=0)
     return {
-        "n": int(n),
-        "sum": math.fsum(sums),
-        "squares": math.fsum(squares),
+        "n": int(n.sum()),
+        "mean": mean,
+        "squares": around,
         "values": values.tolist(),
         "counts": counts.tolist(),
     }
@@ -95,26 +102,36 @@ def together(parts: Iterable[dict[str, Spread]]) -> dict[str, Spread]:
                 "kind by a --source of its own, in runs of their own"
             )
         ends = {"low": min(s["low"] for s in of), "high": max(s["high"] for s in of)}
-        sums, squares = [s["sum"] for s in of], [s["squares"] for s in of]
-        spread = spread_of(sum(s["n"] for s in of), sums, squares, values, counts)
+        n, means, squares = ([s[name] for s in of] for name in ("n", "mean", "squares"))
+        spread = spread_of(n, means, squares, values, counts)
         whole[source] = {"lower_is_better": of[0]["lower_is_better"], **ends, **spread}
     return whole
 
 
 def statistics(method: str, spread: Spread) -> dict[str, Any]:
     """What of a source's spread its new rewards are made from; stored, and used again with `--calibration`."""
-    mean = spread["sum"] / spread["n"]
-    deviation = math.sqrt(max(0.0, spread["squares"] / spread["n"] - mean**2))
     facts = {name: spread[name] for name in ("n", "lower_is_better")}
     if method == "minmax":
         return facts | {name: spread[name] for name in ("low", "high")}
     if method == "zscore":
-        return facts | {"mean": mean, "deviation": deviation}
+        deviation = math.sqrt(spread["squares"] / spread["n"])
+        if not math.isfinite(deviation):
+            raise UserError(f"raw rewards up to {max(-spread['low'], spread['high']):g} are too large for zscore")
+        return facts | {"mean": spread["mean"], "deviation": deviation}
     if method == "quantile":
         counts = np.array(spread["counts"])
         places = (np.cumsum(counts) - counts / 2) / counts.sum()
         return facts | {"values": spread["values"], "quantiles": places.round(12).tolist()}
     return facts
+
+
+def require_direction(stored: dict[str, dict[str, Any]], spreads: dict[str, Spread]) -> None:
+    """`UserError` where one end of a source's scores is better in stored statistics, and the other one here."""
+    for source, spread in spreads.items():
+        if source in stored and stored[source]["lower_is_better"] != spread["lower_is_better"]:
+            here, there = ("lower", "higher") if spread["lower_is_better"] else ("higher", "lower")
+            told = f"{here} scores of {source} are better here, and {there} ones in these statistics"
+            raise UserError(f"--calibration: {told}; make new ones")
 
 
 def rescaled(raw: np.ndarray, method: str, of: dict[str, Any]) -> np.ndarray:
@@ -125,8 +142,8 @@ def rescaled(raw: np.ndarray, method: str, of: dict[str, Any]) -> np.ndarray:
     end; equal raw rewards are ½.
     """
     if method == "minmax":
-        width = of["high"] - of["low"]
-        reward = (raw - of["low"]) / width if width else np.full(len(raw), 0.5)
+        low, width = of["low"] / 2, of["high"] / 2 - of["low"] / 2  # halves: the whole may be too large
+        reward = (raw / 2 - low) / width if width else np.full(len(raw), 0.5)
     elif method == "zscore":
         reward = 0.5 + (raw - of["mean"]) / of["deviation"] / 6 if of["deviation"] else np.full(len(raw), 0.5)
     elif method == "sigmoid":
@@ -168,13 +185,14 @@ LABELS = pa.schema(
         *((f"{name}_{i}", kind) for name, kind in _OF_RESPONSES.items() for i in (1, 2)),
     ]
 )
+WAITING = FEEDBACK.append(pa.field("position", pa.int64()))  # rows to be settled, and which records they are of
 # What becomes of a unit: it is kept with new labels, or it goes, refused for a reason or merged into another.
 VERDICTS = pa.schema(
     [
         ("at", pa.int64()),  # its place among the labels
         ("kept", pa.bool_()),
         ("rows", pa.int8()),
-        *((name, pa.string()) for name in ("reason", "detail", "labeller", "metadata")),
+        *((name, pa.string()) for name in ("reason", "detail", "type", "labeller", "metadata")),
         *((f"{name}_{i}", pa.float64()) for name in ("reward", "raw_reward") for i in (1, 2)),
     ]
 )
@@ -212,7 +230,7 @@ class Unit:
     """
 
     at: int
-    pair: bool
+    type: str
     turned: bool  # that response is its second
     labeller: str | None
     value: float
@@ -220,6 +238,10 @@ class Unit:
     values: tuple[float, ...]  # of the labels it stands for
     of: tuple[int, ...]  # and their places
     metadata: tuple[str | None, ...]  # and their metadata
+
+    @property
+    def pair(self) -> bool:
+        return self.type == "pairwise"
 
 
 @dataclass
@@ -261,7 +283,7 @@ def _verdicts(done: Decided, pairs: np.ndarray) -> pa.Table:
             one["reason"], one["detail"] = done.refused[at]
         elif at not in done.dropped:
             unit = done.changed[at]
-            one |= {"kept": True, "labeller": unit.labeller, "metadata": _told(unit)}
+            one |= {"kept": True, "type": unit.type, "labeller": unit.labeller, "metadata": _told(unit)}
             rewards, raws = (unit.value, 1 - unit.value)[: len(unit.raws)], unit.raws
             if unit.turned:
                 rewards, raws = rewards[::-1], raws[::-1]
@@ -281,7 +303,7 @@ def _settle(source: str, kind: str, units: list[Unit], how: Settling, done: Deci
     left = _without_duplicates(units, how, done)
     alone = how.annotators == "bradley_terry" and kind == "pairwise"  # a model of all the prompt's comparisons
     if how.annotators != "keep_all" and len(left) > 1 and not alone:
-        _merge(left, _central(left, how.annotators, kind), how, done, "annotators")
+        _merge(left, _central(left, how.annotators, kind), how, done, "annotators", kind)
 
 
 def _drop_ties(of: pa.Table, done: Decided) -> None:
@@ -311,8 +333,13 @@ def _unit(at: int, entry: dict[str, Any], first: bytes) -> Unit:
     pair = entry["type"] == "pairwise"
     turned = pair and entry["response_1"] != first
     order = ((2, 1) if turned else (1, 2)) if pair else (1,)
-    value, raws = entry[f"reward_{order[0]}"], tuple(entry[f"raw_reward_{i}"] for i in order)
-    return Unit(at, pair, turned, entry["labeller"], value, raws, (value,), (at,), (entry["metadata"],))
+    value, raws = _exact(entry[f"reward_{order[0]}"]), tuple(entry[f"raw_reward_{i}"] for i in order)
+    return Unit(at, entry["type"], turned, entry["labeller"], value, raws, (value,), (at,), (entry["metadata"],))
+
+
+def _exact(reward: float) -> float:
+    """The decimal that a reward of 32 bits, or a sum of decimals, stands for: .4 and .6 even out."""
+    return round(reward, 7)
 
 
 def _without_duplicates(units: list[Unit], how: Settling, done: Decided) -> list[Unit]:
@@ -331,34 +358,50 @@ def _without_duplicates(units: list[Unit], how: Settling, done: Decided) -> list
             values = ", ".join(f"{unit.value:g}" for unit in same)
             done.refused.update((unit.at, ("conflict", f"one labeller gave it {values}")) for unit in same)
         else:
-            left.append(_merge(same, sum(u.value for u in same) / len(same), how, done, "duplicates"))
+            left.append(_merge(same, fmean(u.value for u in same), how, done, "duplicates"))
     return [unit for unit in left if unit]
 
 
 def _central(units: list[Unit], annotators: str, kind: str) -> float | None:
     """The value that stands for all; None for a majority that is none."""
     values = [unit.value for unit in units]
-    if annotators == "mean" or annotators == "bradley_terry":
-        return sum(values) / len(values)
-    if annotators == "median" or kind == "scalar":
-        return median(values) if annotators == "median" else median(multimode(values))
+    if annotators != "majority" or kind == "scalar":
+        return _middle(annotators)(values)
     above, below = sum(v > 0.5 for v in values), sum(v < 0.5 for v in values)
     return None if above == below else float(above > below)
 
 
-def _merge(units: list[Unit], value: float | None, how: Settling, done: Decided, policy: str) -> Unit | None:
-    """One unit that stands for all; None where they even out, and are left out or kept as one half."""
+def _middle(annotators: str) -> Callable[[Sequence[float]], float]:
+    """What numbers have in common: their median, the most frequent one (the middle of several), or their mean."""
+    named = {"median": median, "majority": lambda values: median(multimode(values))}
+    return named.get(annotators, fmean)
+
+
+def _merge(
+    units: list[Unit], value: float | None, how: Settling, done: Decided, policy: str, kind: str = ""
+) -> Unit | None:
+    """One unit that stands for all; None where they even out, and are left out or kept as one half.
+
+    A vote on thumbs is a thumb; their mean or median is a score.
+    """
+    value = None if value is None else _exact(value)
     tie = value is None or (value == 0.5 and units[0].pair)
     if tie and (how.ties == "drop" or not units[0].pair):
         reason = ("tie" if units[0].pair else "conflict", f"{len(units)} labels that even out")
         done.refused.update((unit.at, reason) for unit in units)
         return None
     first = units[0]
+    voted = policy == "annotators" and how.annotators == "majority"
+    middle = _middle(how.annotators if policy == "annotators" and (kind == "scalar" or not voted) else "mean")
     merged = replace(
         first,
+        type=kind if voted else "pairwise" if first.pair else "scalar",
         labeller=_labeller([unit.labeller for unit in units]),
         value=0.5 if value is None else value,
-        raws=tuple(_mean(each) for each in zip(*(unit.raws for unit in units), strict=True)),
+        raws=tuple(
+            None if None in each else middle(each)  # type: ignore[arg-type]
+            for each in zip(*(unit.raws for unit in units), strict=True)
+        ),
         values=tuple(value for unit in units for value in unit.values),
         of=tuple(at for unit in units for at in unit.of),
         metadata=tuple(one for unit in units for one in unit.metadata),
@@ -366,11 +409,6 @@ def _merge(units: list[Unit], value: float | None, how: Settling, done: Decided,
     done.changed[first.at] = merged
     done.dropped.update((unit.at, policy) for unit in units[1:])
     return merged
-
-
-def _mean(raws: tuple[float | None, ...]) -> float | None:
-    given = [raw for raw in raws if raw is not None]
-    return math.fsum(given) / len(given) if len(given) == len(raws) else None
 
 
 def _labeller(labellers: list[str | None]) -> str | None:
@@ -399,7 +437,7 @@ def _side(value: float) -> int:
 def apply(
     rows: pa.Table, verdicts: pa.Table, how: Settling, scales: dict[str, dict[str, Any]]
 ) -> tuple[pa.Table, list[dict[str, Any]], int]:
-    """Settled rows, rows left out (dicts with `reason`, `detail` and the row), and how many were scaled.
+    """Settled rows, rows left out (dicts with `reason`, `detail`, the row and its place), and how many were scaled.
 
     `verdicts` are those on these rows; their `at` is the number of the unit's first row.
     """
@@ -413,9 +451,9 @@ def apply(
     keep[_rows_of(gone)[0]] = False
     refused = gone.filter(pc.is_valid(gone["reason"])).select(["at", "rows", "reason", "detail"]).to_pylist()
     left_out = [
-        {"reason": one["reason"], "detail": one["detail"], "row": row}
+        {"reason": one["reason"], "detail": one["detail"], "at": at, "row": row}
         for one in refused
-        for row in before.slice(one["at"], one["rows"]).to_pylist()
+        for at, row in enumerate(before.slice(one["at"], one["rows"]).to_pylist(), one["at"])
     ]
     return rows if keep.all() else rows.filter(pa.array(keep)), left_out, scaled
 
@@ -438,7 +476,7 @@ def _relabelled(rows: pa.Table, verdicts: pa.Table) -> pa.Table:
         both = np.stack([verdicts[f"{name}_{i}"].to_numpy() for i in (1, 2)], axis=1)
         values = pa.array(both[of[:, 0], of[:, 1]], from_pandas=True)
         changed = _with(changed, name, values.cast(rows.schema.field(name).type))
-    for name in ("labeller", "metadata"):
+    for name in ("type", "labeller", "metadata"):
         changed = _with(changed, name, verdicts[name].take(pa.array(of[:, 0])))
     order = np.arange(rows.num_rows)
     order[at] = rows.num_rows + np.arange(len(at))
@@ -472,8 +510,10 @@ def _bradley_terry(of: pa.Table, how: Settling, done: Decided) -> None:
                 _merge(units, float(strength[i] / (strength[i] + strength[j])), how, done, "annotators")
 
 
-def strengths(comparisons: list[tuple[int, int, float]], prior: float = 0.1, rounds: int = 200) -> np.ndarray:
+def strengths(comparisons: list[tuple[int, int, float]], prior: float = 0.1, rounds: int = 20_000) -> np.ndarray:
     """Bradley-Terry strengths, from (i, j, probability that i is better), by Hunter's (2004) MM updates.
+
+    They end after `rounds`, or once none changes a strength by more than 1e-9 of it.
 
     `prior`: so many wins and losses of each against an average response keep what always won finite.
     """
@@ -482,8 +522,10 @@ def strengths(comparisons: list[tuple[int, int, float]], prior: float = 0.1, rou
     wins = prior + np.bincount(i, p, n) + np.bincount(j, 1 - p, n)
     strength = np.ones(n)
     for _ in range(rounds):
-        met = 1 / (strength[i] + strength[j])
+        met, before = 1 / (strength[i] + strength[j]), strength
         strength = wins / (np.bincount(i, met, n) + np.bincount(j, met, n) + 2 * prior / (strength + 1))
+        if (np.abs(strength - before) < 1e-9 * before).all():
+            break
     return strength
 
 

@@ -106,10 +106,8 @@ def understand(
 
 def tell_unread(source: Source, policy: Policy) -> None:
     """Log the fields that are not read; what they say is lost."""
-    if source.retried:
-        return
-    raws = readers.records(readers.Range(source.path, source.kind))
-    if fields := [*_unread(source, (raw.value for raw in islice(raws, DETECTED)), policy)]:
+    found = islice(raws(readers.Range(source.path, source.kind), source), DETECTED)
+    if fields := [*_unread(source, (raw.value for raw in found), policy)]:
         more = f" and {len(fields) - UNREAD} more" if len(fields) > UNREAD else ""
         log.info("%s: not read: %s%s", source.path, ", ".join(fields[:UNREAD]), more)
 
@@ -287,6 +285,11 @@ def records(of: readers.Range, source: Source) -> Iterator[readers.Raw | readers
     return readers.texts(of, texts.names) if texts else readers.records(of)
 
 
+def raws(of: readers.Range, source: Source) -> Iterator[readers.Raw]:
+    """The records of a range, one at a time."""
+    return _rejected(of.path, str(source.retried)) if source.kind == "rejected" else readers.records(of)
+
+
 def _rejected(path: str, only: str) -> Iterator[readers.Raw]:
     """Of a file of rejected records, the whole ones that came from the file `only`."""
     columns = ["source_file", "position", "part", "payload"]
@@ -418,9 +421,7 @@ def _inspected(source: Source, policy: Policy) -> dict[str, Any]:
     rejected: Counter[str] = Counter()
     parts: Counter[str] = Counter()
     details: dict[str, str] = {}  # the first of each reason
-    of = readers.Range(source.path, source.kind)
-    raws = _rejected(source.path, source.retried) if source.retried else readers.records(of)
-    sample = list(islice(raws, SAMPLE))
+    sample = list(islice(raws(readers.Range(source.path, source.kind), source), SAMPLE))
     counting = touched.set(Counter())
     for raw in sample:
         try:

@@ -150,7 +150,7 @@ def test_interrupt_leaves_nothing(tmp_path):
     path = write_jsonl(tmp_path / "big.jsonl", [preference(i) for i in range(150_000)])
     argv = [sys.executable, "-m", "pipelines.cli", "ingest", str(path), "--output", str(tmp_path / "out")]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / ".out.incomplete").exists() and process.poll() is None:
+    while not (tmp_path / ".out.incomplete" / ".lock").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

@@ -80,10 +80,11 @@ def test_annotators_of_thumbs_and_scores():
         for row in feedback.thumb(PROMPT, "A", good, source="s", labeller=f"human:{who}")
     ]
     scores = [r for who, raw in enumerate((2, 4, 9)) for r in rated("B", raw, f"human:{who}")]
-    for annotators, thumb, score, raw in (("mean", 2 / 3, 0.5, 5), ("median", 1, 0.4, 5), ("majority", 1, 0.4, 5)):
+    for annotators, thumb, score, raw in (("mean", 2 / 3, 0.5, 5), ("median", 1, 0.4, 4), ("majority", 1, 0.4, 4)):
         (one, other), *_ = settled(thumbs + scores, annotators=annotators)
         assert (one["reward"], other["reward"]) == (pytest.approx(thumb), pytest.approx(score))
         assert other["raw_reward"] == raw
+        assert one["type"] == ("binary" if annotators == "majority" else "scalar")  # a share of thumbs is a score
     _, left_out, _, _ = settled(thumbs[1:], annotators="majority")
     assert [one["reason"] for one in left_out] == ["conflict", "conflict"]
 
@@ -97,6 +98,28 @@ def test_bradley_terry_orders_what_was_never_compared_and_matches_the_likelihood
     assert 0.5 < p["A", "B"] < 2 / 3  # the prior draws it to one half
     strength = settle.strengths([(0, 1, 1), (0, 1, 1), (0, 1, 0), (1, 2, 1), (1, 2, 1), (1, 2, 0)], prior=1e-9)
     assert strength[0] / strength[1] == pytest.approx(2, rel=1e-4) == strength[1] / strength[2]
+
+
+def test_bradley_terry_of_a_long_chain_is_where_its_likelihood_is_highest():
+    strength = np.log(settle.strengths([(i, i + 1, 1.0) for i in range(30)]))
+    gap = strength[:-1] - strength[1:]
+    slope = np.zeros(31)  # of the log-likelihood, with 0.1 wins and losses against an average response
+    slope[:-1] += 1 / (1 + np.exp(gap))
+    slope[1:] -= 1 / (1 + np.exp(gap))
+    slope += 0.1 * (1 / (1 + np.exp(strength)) - 1 / (1 + np.exp(-strength)))
+    assert np.abs(slope).max() < 1e-6
+
+
+@pytest.mark.parametrize("ps", [(0.7, 0.3), (0.6, 0.4), (0.8, 0.2), (0.9, 0.1), (0.8, 0.5, 0.2)])
+@pytest.mark.parametrize("how", [{"annotators": "mean"}, {"annotators": "median"}, {"duplicates": "merge_mean"}])
+def test_labels_that_even_out_are_a_tie_whatever_their_bits(ps, how):
+    rows = [
+        r for i, p in enumerate(ps) for r in compared("A", "B", p, f"human:{i}" if "annotators" in how else "human")
+    ]
+    found, left_out, *_ = settled(rows, **how)
+    assert (found, [one["reason"] for one in left_out]) == ([], ["tie"] * len(rows))
+    (row, _), *_ = settled(rows, **how, ties="half")
+    assert json.loads(row["metadata"])["agreement"] == pytest.approx((0.5 in ps) / len(ps), abs=1e-4)
 
 
 # --- duplicates ----------------------------------------------------------------------------------
@@ -360,6 +383,89 @@ def test_which_end_is_better_is_kept_where_rewards_do_not_show_it(una_here, tmp_
     code, _, err = una_here("ingest", path, "--mapping", spec, "--output", tmp_path / "out", "--scale", scale)
     assert code == 0, err
     assert [r["reward"] for r in rows_of(tmp_path / "out")] == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_several_labels_left_of_a_record_is_accounted_for_and_tried_again(una_here, tmp_path):
+    pair = {"p": "q", "a": "x", "b": "y"}
+    records = [pair | {"w": "T", "by": "1"}, {"p": "other", "a": "x", "b": "y", "w": "B", "by": "1"}]
+    records += [pair | {"w": "A", "by": "2"}, pair | {"w": "B", "by": "3"}]
+    path, spec = write(tmp_path / "t.jsonl", records), tmp_path / "m.yaml"
+    label = "{field: w, winner: {first: A, second: B, tie: T}}"
+    spec.write_text(f"prompt: p\nfirst: a\nsecond: b\nlabel: {label}\nlabeller: {{annotator: by}}\nsource: s\n")
+    common = ("--mapping", spec, "--annotators", "majority", "--json")
+    code, out, err = una_here("ingest", path, "--output", tmp_path / "a", *common)
+    assert code == 0, err
+    summary = json.loads(out.splitlines()[-1])
+    assert (summary["accepted"], summary["rejected"], summary["rejected_parts"]) == (1, {"tie": 3}, {})
+    (file,) = (tmp_path / "a" / "rejected").iterdir()
+    lines = path.read_bytes().splitlines()
+    for row, position in zip(pq.read_table(file).to_pylist(), (1, 3, 4), strict=True):
+        assert (row["source_file"], row["position"], row["part"]) == (str(path), position, None)
+        assert row["payload"] == lines[position - 1]
+    code, out, err = una_here(
+        "ingest", tmp_path / "a" / "rejected", "--retry", "--output", tmp_path / "b", *common, "--ties", "half"
+    )
+    assert code == 0, err
+    assert [r["reward"] for r in rows_of(tmp_path / "b")] == [0.5, 0.5]
+
+
+def test_a_record_of_which_a_row_is_left_keeps_the_others_as_parts(una_here, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.ingest.BATCH_ROWS", 3)  # the rows of a record go on in the next batch
+    records = [{"p": f"q{i}", "cs": [{"t": f"r{j}", "s": j + i % 2} for j in range(4)]} for i in (0, 1)]
+    records += [{"p": "q0", "cs": [{"t": "r1", "s": 9}, {"t": "r5", "s": 1}]}, {"p": "q0", "cs": [{"t": "r3", "s": 0}]}]
+    path, spec = write(tmp_path / "t.jsonl", records), tmp_path / "m.yaml"
+    spec.write_text("each: cs\nprompt: p\nresponse: item.t\nlabel: {field: item.s, score: [0, 10]}\n")
+    code, out, err = una_here(
+        "ingest", path, "--mapping", spec, "--output", tmp_path / "a", "--duplicates", "reject", "--json"
+    )
+    assert code == 0, err
+    summary = json.loads(out.splitlines()[-1])
+    assert (summary["accepted"], summary["rejected"], summary["rejected_parts"]) == (
+        3,
+        {"conflict": 1},
+        {"conflict": 3},
+    )
+    (file,) = (tmp_path / "a" / "rejected").iterdir()
+    found = [(row["position"], row["part"] is None) for row in pq.read_table(file).to_pylist()]
+    assert found == [(1, False), (1, False), (3, False), (4, True)]
+    assert {r["response"] for r in rows_of(tmp_path / "a")} == {"r0", "r1", "r2", "r3", "r5"}
+
+
+def test_calibration_that_goes_the_other_way_is_refused(una_here, tmp_path):
+    path, spec = write(tmp_path / "x.jsonl", [{"prompt": "p", "response": "r", "grade": 2}]), tmp_path / "m.yaml"
+    spec.write_text(GRADES)
+    assert una_here("ingest", path, "--mapping", spec, "--output", tmp_path / "a", "--scale", "minmax")[0] == 0
+    spec.write_text(GRADES.replace(", better: lower", ""))
+    code, _, err = una_here(
+        "ingest", path, "--mapping", spec, "--output", tmp_path / "b", "--calibration", tmp_path / "a"
+    )
+    assert code == 1
+    assert "higher scores of x are better here, and lower ones in these statistics" in err
+
+
+@pytest.mark.parametrize(
+    ("raws", "method", "expected"),
+    [
+        ([-1e308, 0, 1e308], "minmax", [0, 0.5, 1]),
+        ([1e9 + i for i in range(5)], "zscore", [0.5 + (i - 2) / np.sqrt(2) / 6 for i in range(5)]),
+    ],
+)
+def test_scales_of_large_numbers(raws, method, expected):
+    rows = [
+        row for i, raw in enumerate(raws) for row in feedback.score(PROMPT, f"r{i}", 0.5, source="s", raw_reward=raw)
+    ]
+    tables = [feedback.table(rows[:2]), feedback.table(rows[2:])]
+    spread = settle.together(settle.spreads(table) for table in tables)["s"]
+    found = settle.rescaled(np.array(raws), method, settle.statistics(method, spread))
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_is_too_large_for_its_deviation_is_refused():
+    table = feedback.table(
+        [r for x in (-1e308, 1e308) for r in feedback.score(PROMPT, "r", 0.5, source="s", raw_reward=x)]
+    )
+    with pytest.raises(UserError, match=r"1e\+308 are too large for zscore"):
+        settle.statistics("zscore", settle.spreads(table)["s"])
 
 
 def test_scores_of_one_source_that_go_both_ways_are_refused():

@@ -105,7 +105,7 @@ def too_few(method: str, name: str) -> UserError:
 
 def _of_spread(method: str, raw: np.ndarray, extremes: tuple[float, float]) -> Fitted:
     values, counts = np.unique(raw, return_counts=True)
-    spread = settle.spread_of(len(raw), raw, raw**2, values, counts)
+    spread = settle.spread_of(np.ones(len(raw)), raw, np.zeros(len(raw)), values, counts)
     return settle.statistics(method, spread | {"low": extremes[0], "high": extremes[1], "lower_is_better": False})
 
 
