@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pipelines import dataset, io, readers
 from schemas.command import share
 from schemas.errors import UsageError, UserError
-from schemas.feedback import FEEDBACK, TYPES
+from schemas.feedback import FEEDBACK, TYPES, stored
 from schemas.manifest import Manifest
 
 BATCH_ROWS = 1_000
@@ -210,10 +210,10 @@ def tools_of(row: Row) -> str | None:
 
 
 def _good(row: Row, context: Context) -> bool:
-    hard = row["type"] == "binary" and row["reward"] in (0.0, 1.0)
-    if not hard and context.threshold is None:
+    threshold = 0.5 if row["type"] == "binary" and row["reward"] in (0.0, 1.0) else context.threshold
+    if threshold is None:
         raise LeftOut("soft_label")
-    return bool(row["reward"] > (0.5 if hard else context.threshold))
+    return bool(row["reward"] > stored(threshold))
 
 
 def _either_side(group: Group) -> Group:

@@ -235,6 +235,9 @@ def test_thresholds_are_strict_and_only_when_asked_for():
     found, tally = made("trl-kto", rows, threshold=0.5)
     assert [record["label"] for record in found] == [False, False, True, True]
     assert tally.lost["soft_label"] == 2
+    for tenth in (n / 10 for n in range(1, 10)):  # as float32 has it
+        rows = [row for reward in (tenth, tenth + 0.01) for row in feedback.score(ASK, "x", reward, source="s")]
+        assert [record["label"] for record in made("trl-kto", rows, threshold=tenth)[0]] == [False, True]
     assert made("trl-kto", [{**GOOD[0], "reward": 0.25}])[1].left_out == {"soft_label": 1}
     assert made("trl-kto", GOOD, threshold=1.0)[0][0]["label"] is True  # a verdict stays what it is
 
