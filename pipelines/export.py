@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -341,14 +342,15 @@ def _openai_preference(group: Group, context: Context) -> dict[str, Any]:
 
 
 def _with_call_ids(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    open_calls: list[Any] = []
-    for turn in turns:
-        if "tool_calls" in turn:
-            open_calls = [call.get("id") if isinstance(call, dict) else None for call in turn["tool_calls"]]
-        if turn["role"] == "tool":
-            if not open_calls or not isinstance(open_calls[0], str):
-                raise LeftOut("tool_result_without_id")
-            turn["tool_call_id"] = open_calls.pop(0)
+    """A result has the id of the call at its place; of fewer results than calls nobody knows whose they are."""
+    ids: list[Any] = []
+    for result, run in groupby(turns, key=lambda turn: turn["role"] == "tool"):
+        found = list(run)
+        if result and (len(found) != len(ids) or not all(isinstance(one, str) for one in ids)):
+            raise LeftOut("tool_result_without_id")
+        for turn, one in zip(found, ids, strict=False) if result else ():
+            turn["tool_call_id"] = one
+        ids = [call.get("id") if isinstance(call, dict) else None for call in found[-1].get("tool_calls", ())]
     return turns
 
 

@@ -399,6 +399,39 @@ def test_a_prompt_may_end_in_a_tool_call():
     assert rows[0]["prompt"] == [_U, call | {"content": "", "tool_calls": '[{"name":"f"}]'}, shown]
 
 
+def _after_calls(*results, ids=("c1", "c2")):
+    calls = [{"function": {"name": name}} | ({"id": one} if one else {}) for name, one in zip("fg", ids, strict=True)]
+    told = [{"role": "tool", "content": text, "tool_call_id": one} for text, one in results]
+    return {"messages": [_U, {"role": "assistant", "content": None, "tool_calls": calls}, *told, _U, _A]}
+
+
+@pytest.mark.parametrize(
+    ("record", "results"),
+    [
+        (_after_calls(("of g", "c2"), ("of f", "c1")), ["of f", "of g"]),
+        (_after_calls(("of f", "c1"), ("of g", "c2")), ["of f", "of g"]),
+        (_after_calls(("of g", "c2")), ["of g"]),  # f never returned
+        (_after_calls(("one", "c2"), ("other", None)), ["one", "other"]),
+        (_after_calls(("one", "c2"), ("other", "c1"), ids=("c1", None)), ["one", "other"]),
+    ],
+)
+def test_results_come_in_the_order_of_their_calls(record, results):
+    (row,) = _convert("trl_messages", record)
+    assert [turn["content"] for turn in row["prompt"] if turn["role"] == "tool"] == results
+    assert [turn["role"] for turn in row["prompt"]][-1] == "user"
+    assert not unread([record], lambda one: _convert("trl_messages", one))
+
+
+@pytest.mark.parametrize(
+    ("ids", "why"), [(("c1", "c3"), "'c3' answers no call"), (("c2", "c2"), "'c2' is there twice")]
+)
+def test_a_result_that_is_no_calls_is_rejected(ids, why):
+    record = _after_calls(*(("on", one) for one in ids))
+    with pytest.raises(Reject, match=rf"messages\[3\].tool_call_id: str {why}") as rejected:
+        _convert("trl_messages", record)
+    assert rejected.value.reason == "wrong_shape"
+
+
 def test_a_prompt_text_may_follow_a_system_turn_of_the_conversation():
     system = {"role": "system", "content": "S"}
     rows = _convert("trl_preference", _preferred([system, _U, _A], [system, _U, _B], prompt="Q "))

@@ -21,6 +21,7 @@ ASK = [{"role": "user", "content": "What is red?"}]
 SYSTEM = {"role": "system", "content": "Be brief."}
 CALL = '[{"type":"function","function":{"name":"look","arguments":{"at":"sky"}}}]'
 CALL_WITH_ID = '[{"id":"c1","type":"function","function":{"name":"look","arguments":"{\\"at\\":\\"sky\\"}"}}]'
+TWO_CALLS = json.dumps([{"id": one, "function": {"name": "look"}} for one in ("c1", "c2")])
 FACTS = {"source": "s", "labeller": "human:ab"}
 
 
@@ -213,6 +214,7 @@ def test_what_people_chose_is_an_annotation():
         ("vertex", pair(prompt=[*ASK, {"role": "assistant", "content": "x"}]), {}, "turns"),
         ("vertex", pair(prompt=[SYSTEM]), {}, "turns"),
         ("openai-preference", pair(prompt=with_call(CALL)), {}, "tool_result_without_id"),
+        ("openai-preference", pair(prompt=with_call(TWO_CALLS)), {}, "tool_result_without_id"),  # of which call?
         ("openai-preference", pair(metadata={"tools": "{"}), {}, "tools"),
         ("openai-preference", pair(prompt=with_call('[{"id": NaN}]')), {}, "tool_calls"),
         ("trl-preference", pair(prompt=with_call("no JSON")), {}, "tool_calls"),
@@ -228,6 +230,14 @@ def test_left_out(to, rows, context, reason):
     found, tally = made(to, rows, **context)
     assert (found, tally.left_out) == ([], {reason: len(rows)})
     assert reason in export.REASONS or reason.startswith("type_")
+
+
+def test_results_have_the_ids_of_their_calls():
+    prompt = [*with_call(TWO_CALLS), {"role": "tool", "content": "green"}, *ASK, *with_call(CALL_WITH_ID)[1:]]
+    (record,), _ = made("openai-preference", pair(prompt=prompt))
+    results = [turn for turn in record["input"]["messages"] if turn["role"] == "tool"]
+    found = [(turn["content"], turn["tool_call_id"]) for turn in results]
+    assert found == [("blue", "c1"), ("green", "c2"), ("blue", "c1")]
 
 
 def test_thresholds_are_strict_and_only_when_asked_for():
