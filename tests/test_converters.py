@@ -254,7 +254,8 @@ REJECTED = [
     ("trl_unpaired", {"prompt": "Q", "completion": "A", "label": 10**5000}, "invalid_label"),
     ("trl_unpaired", {"prompt": "Q", "completion": "A", "label": "yes"}, "invalid_label"),
     ("trl_unpaired", {"prompt": "Q", "completion": "A", "label": float("nan")}, "invalid_label"),
-    ("trl_unpaired", {"prompt": "Q", "completion": "A", "label": ""}, "missing_field"),
+    ("trl_unpaired", {"prompt": "Q", "completion": "A", "label": ""}, "missing_label"),
+    ("trl_unpaired", {"prompt": "Q", "completion": "A"}, "missing_field"),
     ("trl_unpaired", {"prompt": "Q", "completion": "A", "label": [True]}, "wrong_type"),
     ("trl_unpaired", {"prompt": "Q", "completion": [_U], "label": True}, "wrong_shape"),
     ("trl_prompt_completion", {"prompt": "Q", "completion": ""}, "empty_response"),
@@ -331,6 +332,24 @@ def test_a_complaint_says_where_and_what():
 
 
 # --- policies ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", [None, "", " ", "N/A"])
+@pytest.mark.parametrize(
+    ("name", "record", "field"),
+    [
+        ("trl_unpaired", {"prompt": "Q", "completion": "A"}, "label"),
+        ("sharegpt_kto", {"messages": [_U, _A]}, "label"),
+        ("sharegpt_kto", {"messages": [_U, _A]}, "kto_tag"),
+        ("alpaca_kto", {"instruction": "Q", "output": "A"}, "kto_tag"),
+    ],
+)
+def test_a_thumb_that_nobody_gave_is_a_missing_label(name, record, field, label):
+    assert detect([record | {field: label}]).most_common(1)[0][0] == name
+    assert _reason(name, record | {field: label}) == "missing_label"
+    (row,) = _convert(name, record | {field: label}, missing="unlabelled")
+    assert (row["type"], row["response"], row["reward"]) == ("unlabelled", "A", None)
+    assert _reason(name, record | {field: "-1"}) == "invalid_label"  # it may mean a thumb down
 
 
 def test_ultrafeedback_overall_score_maps_one_to_ten():

@@ -92,6 +92,11 @@ def text(value: Any, where: str) -> str:
     return value
 
 
+def held(record: dict[str, Any], name: str) -> Any:
+    """The value of a field that must be there, null as well."""
+    return record[name] if name in record else needed(record, name)
+
+
 def texts(record: dict[str, Any], *names: str) -> list[str]:
     """The strings in fields that must be there."""
     return [text(needed(record, name), name) for name in names]
