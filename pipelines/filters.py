@@ -33,7 +33,7 @@ import pyarrow as pa
 from pipelines import dataset, io, readers
 from pipelines.beam import check as check_flags
 from pipelines.beam import count, once, run_stage
-from pipelines.reference import Address, addresses
+from pipelines.chunks import Address, addresses
 from schemas.command import did_you_mean
 from schemas.errors import Reject, UsageError, UserError
 from schemas.feedback import REJECTED, check
