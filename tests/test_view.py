@@ -302,4 +302,5 @@ def test_nothing_to_see_is_said(una_here, tmp_path):
     rows = feedback.table(feedback.demonstration(ASK, "x", source="s"))
     where = write_dataset(tmp_path / "d", {"train": rows})
     code, _, err = una_here("view", where, "--as", "binary", "--output", tmp_path / "v")
-    assert (code, "no rows came out" in err) == (1, True)
+    told = "1 with no_projection: rows of this type cannot become rows of the type asked for"
+    assert (code, err) == (1, f"una view: error: no rows came out of 1 inputs; {told}\n")
