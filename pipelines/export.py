@@ -245,6 +245,10 @@ def _soft(row: Row) -> bool:
     return row["reward"] not in (0.0, 1.0)
 
 
+def _blank_system(row: Row) -> bool:
+    return row["prompt"][0]["role"] == "system" and not row["prompt"][0]["content"].strip()
+
+
 def _has_more_than_tools(row: Row) -> bool:
     return row["metadata"] is not None and bool(orjson.loads(row["metadata"]).keys() - {"tools"})
 
@@ -357,12 +361,13 @@ def _with_call_ids(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _vertex(group: Group, context: Context) -> dict[str, Any]:
     """https://docs.cloud.google.com/vertex-ai/generative-ai/docs/models/gemini-preference-tuning-prepare.
 
-    Text only; a system turn comes first or not at all, and the last turn is the user's.
+    Text only; a system turn comes first or not at all, and the last turn is the user's. A blank system turn is left
+    out, as `una ingest` takes a blank instruction for none.
     """
     turns = _plain(group[0])
     record: dict[str, Any] = {}
-    if turns[0]["role"] == "system":
-        record["system_instruction"] = {"parts": [{"text": turns.pop(0)["content"]}]}
+    if turns[0]["role"] == "system" and (said := turns.pop(0)["content"]).strip():
+        record["system_instruction"] = {"parts": [{"text": said}]}
     record["contents"] = [_content(turn["role"], turn["content"]) for turn in turns]
     if not turns or turns[-1]["role"] != "user":
         raise LeftOut("turns")
@@ -522,7 +527,7 @@ EXPORTERS = {
         schema=_trl_schema(("completion",), False, (), ()),
     ),
     "openai-preference": Exporter(types=("pairwise",), make=_openai_preference, lost=_lost(tools=True)),
-    "vertex": Exporter(types=("pairwise",), make=_vertex, lost=_lost()),
+    "vertex": Exporter(types=("pairwise",), make=_vertex, lost=_lost() | {"blank_system": _blank_system}),
     "llama-factory": Exporter(
         types=("pairwise", "binary", "demonstration"),
         make=_llama_factory,

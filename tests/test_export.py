@@ -262,6 +262,7 @@ def test_thresholds_are_strict_and_only_when_asked_for():
             {"raw_reward": 2, "source": 2, "labeller": 2},
         ),
         ("vertex", pair(metadata={"tools": "[]"}), {"metadata": 2, "source": 2, "labeller": 2}),
+        ("vertex", pair(prompt=[SYSTEM | {"content": " "}, *ASK]), {"blank_system": 2, "source": 2, "labeller": 2}),
         ("trl-prompt-completion", SHOW, {"metadata": 1, "source": 1, "labeller": 1}),
         ("halos", RATED, {"raw_reward": 1, "source": 1, "labeller": 1}),
         ("llama-factory", pair(prompt=with_call(CALL_WITH_ID)), {"tool_call_id": 2, "source": 2, "labeller": 2}),
@@ -269,6 +270,11 @@ def test_thresholds_are_strict_and_only_when_asked_for():
 )
 def test_losses_are_counted(to, rows, lost):
     assert made(to, rows)[1].lost == lost
+
+
+def test_a_blank_system_turn_is_no_instruction():
+    blank, none = (made("vertex", pair(prompt=turns))[0] for turns in ([SYSTEM | {"content": ""}, *ASK], ASK))
+    assert blank == none
 
 
 def test_comparisons_find_their_halves_wherever_they_lie():
