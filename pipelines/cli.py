@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
         processes.end_quickly()
         if name in processes.LEAN:
             processes.hide(*processes.NOT_OURS)
-    return command.run(lambda args: call(name, args), parse(name, argv[1:]), f"una {name}")
+    return command.run(lambda args: call(name, args), lambda: parse(name, argv[1:]), f"una {name}")
 
 
 if __name__ == "__main__":

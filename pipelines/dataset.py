@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import io, remote
-from schemas.errors import POLICY_REASONS, Reject, UsageError, UserError
+from schemas.errors import POLICY_REASONS, REASONS, Reject, UsageError, UserError
 from schemas.feedback import FEEDBACK, REFERENCE_COLUMNS, SCORED
 from schemas.manifest import NAME, Manifest
 
@@ -320,20 +320,18 @@ def summary(manifest: Manifest, output: str, max_rejected: float = 1.0) -> dict[
             f"than --max-rejected {max_rejected:g}; see {output}/rejected, then mend the input or raise the limit"
         )
     elif not manifest.rows:
-        report["failed"] = (
-            f"no rows came out of {manifest.inputs} inputs{_said(output, manifest)}; see {output}/rejected"
-        )
+        report["failed"] = f"no rows came out of {manifest.inputs} inputs{_said(output, manifest)}"
     return report
 
 
 def _said(output: str, manifest: Manifest) -> str:
-    """What the first rejected record was rejected with."""
+    """Why the first rejected record was, and where it is; where none is kept, as of a view, all reasons."""
     path = next((f["path"] for f in manifest.files if f["path"].startswith("rejected/")), None)
     if path is None:
-        return ""
+        return "".join(f"; {n} with {reason}: {REASONS[reason]}" for reason, n in manifest.rejected.items())
     with io.open_parquet(f"{output}/{path}") as file:
         first = file.read_row_group(0, columns=["reason", "detail"]).slice(0, 1).to_pylist()[0]
-    return f", the first with {first['reason']}: {first['detail']}"
+    return f", the first with {first['reason']}: {first['detail']}; see {output}/rejected"
 
 
 def print_summary(report: dict[str, Any]) -> None:

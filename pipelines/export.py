@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 from pipelines import dataset, io, readers
 from schemas.command import share
 from schemas.errors import UsageError, UserError
-from schemas.feedback import FEEDBACK, TYPES
+from schemas.feedback import FEEDBACK, TYPES, stored
 from schemas.manifest import Manifest
 
 BATCH_ROWS = 1_000
@@ -210,10 +211,10 @@ def tools_of(row: Row) -> str | None:
 
 
 def _good(row: Row, context: Context) -> bool:
-    hard = row["type"] == "binary" and row["reward"] in (0.0, 1.0)
-    if not hard and context.threshold is None:
+    threshold = 0.5 if row["type"] == "binary" and row["reward"] in (0.0, 1.0) else context.threshold
+    if threshold is None:
         raise LeftOut("soft_label")
-    return bool(row["reward"] > (0.5 if hard else context.threshold))
+    return bool(row["reward"] > stored(threshold))
 
 
 def _either_side(group: Group) -> Group:
@@ -242,6 +243,10 @@ def _lost(*, tools: bool = False, reference: bool = False, calls: bool = True) -
 
 def _soft(row: Row) -> bool:
     return row["reward"] not in (0.0, 1.0)
+
+
+def _blank_system(row: Row) -> bool:
+    return row["prompt"][0]["role"] == "system" and not row["prompt"][0]["content"].strip()
 
 
 def _has_more_than_tools(row: Row) -> bool:
@@ -341,26 +346,28 @@ def _openai_preference(group: Group, context: Context) -> dict[str, Any]:
 
 
 def _with_call_ids(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    open_calls: list[Any] = []
-    for turn in turns:
-        if "tool_calls" in turn:
-            open_calls = [call.get("id") if isinstance(call, dict) else None for call in turn["tool_calls"]]
-        if turn["role"] == "tool":
-            if not open_calls or not isinstance(open_calls[0], str):
-                raise LeftOut("tool_result_without_id")
-            turn["tool_call_id"] = open_calls.pop(0)
+    """A result has the id of the call at its place; of fewer results than calls nobody knows whose they are."""
+    ids: list[Any] = []
+    for result, run in groupby(turns, key=lambda turn: turn["role"] == "tool"):
+        found = list(run)
+        if result and (len(found) != len(ids) or not all(isinstance(one, str) for one in ids)):
+            raise LeftOut("tool_result_without_id")
+        for turn, one in zip(found, ids, strict=False) if result else ():
+            turn["tool_call_id"] = one
+        ids = [call.get("id") if isinstance(call, dict) else None for call in found[-1].get("tool_calls", ())]
     return turns
 
 
 def _vertex(group: Group, context: Context) -> dict[str, Any]:
     """https://docs.cloud.google.com/vertex-ai/generative-ai/docs/models/gemini-preference-tuning-prepare.
 
-    Text only; a system turn comes first or not at all, and the last turn is the user's.
+    Text only; a system turn comes first or not at all, and the last turn is the user's. A blank system turn is left
+    out, as `una ingest` takes a blank instruction for none.
     """
     turns = _plain(group[0])
     record: dict[str, Any] = {}
-    if turns[0]["role"] == "system":
-        record["system_instruction"] = {"parts": [{"text": turns.pop(0)["content"]}]}
+    if turns[0]["role"] == "system" and (said := turns.pop(0)["content"]).strip():
+        record["system_instruction"] = {"parts": [{"text": said}]}
     record["contents"] = [_content(turn["role"], turn["content"]) for turn in turns]
     if not turns or turns[-1]["role"] != "user":
         raise LeftOut("turns")
@@ -520,7 +527,7 @@ EXPORTERS = {
         schema=_trl_schema(("completion",), False, (), ()),
     ),
     "openai-preference": Exporter(types=("pairwise",), make=_openai_preference, lost=_lost(tools=True)),
-    "vertex": Exporter(types=("pairwise",), make=_vertex, lost=_lost()),
+    "vertex": Exporter(types=("pairwise",), make=_vertex, lost=_lost() | {"blank_system": _blank_system}),
     "llama-factory": Exporter(
         types=("pairwise", "binary", "demonstration"),
         make=_llama_factory,

@@ -33,7 +33,7 @@ import pyarrow as pa
 from pipelines import dataset, io, readers
 from pipelines.beam import check as check_flags
 from pipelines.beam import count, once, run_stage
-from pipelines.reference import Address, addresses
+from pipelines.chunks import Address, addresses
 from schemas.command import did_you_mean
 from schemas.errors import Reject, UsageError, UserError
 from schemas.feedback import REJECTED, check
@@ -41,6 +41,7 @@ from schemas.manifest import Manifest
 
 log = logging.getLogger(__name__)
 CONFIDENCE = 0.7  # below it a language counts as undecided; of 2,600 real English answers none was then lost
+PLAUSIBLE = 1e-4  # of the likeliest language's confidence: with less, a text that is undecided is in none of the wanted
 NGRAM = 13  # words, as GPT-3 took (arXiv 2005.14165)
 MIN_WORDS = 8  # the shortest evaluation prompt that is looked for inside longer texts: fewer words meet by chance
 SHINGLE = 3  # tokens; answers are short, and longer shingles make every changed word count for more
@@ -227,13 +228,18 @@ def _length(least: int, most: int | None) -> Check:
 
 
 def _language(wanted: tuple[str, ...], of: str) -> Check:
-    """Texts whose language is undecided are kept: short ones, mixed ones, formulas, and what is all code."""
+    """Texts whose language is undecided are kept: short ones, mixed ones, formulas, and what is all code.
+
+    Not those that are undecided between other languages alone, such as two kinds of Arabic where English is wanted.
+    """
     tell = identifier()
 
     def check_language(prompt: Messages, response: str, seen: Counter) -> None:
         texts = [response] if of == "response" else [*(m["content"] for m in prompt), response]
-        language, confidence = tell.classify(_CODE.sub(" ", "\n".join(texts)))
-        if confidence < CONFIDENCE or language == "zxx":  # zxx: no language at all
+        likely = dict(tell.rank(_CODE.sub(" ", "\n".join(texts))))
+        language, confidence = next(iter(likely.items()))
+        plausible = sum(likely[one] for one in wanted) >= PLAUSIBLE * confidence
+        if language == "zxx" or (confidence < CONFIDENCE and plausible):  # zxx: no language at all
             seen["undecided"] += 1
         elif language not in wanted:
             raise Reject("filtered_language", f"{language}, with a confidence of {confidence:.2f}")

@@ -28,6 +28,7 @@ from apache_beam.utils.shared import Shared
 from pipelines import dataset, gpu, io, labellers
 from pipelines.beam import across_processes, count, once, run_stage, shares_disk, template_of
 from pipelines.beam import check as check_flags
+from pipelines.chunks import Address, addresses, read
 from pipelines.labellers import calibration, sample
 from pipelines.labellers.base import Identity, Item, Labeller, Outcome, Score
 from pipelines.labellers.cache import Cache, key_of
@@ -36,7 +37,6 @@ from pipelines.labellers.combine import check as check_combination
 from pipelines.labellers.progress import Done, told
 from pipelines.labellers.rows import AGAINST, PAIRS, Asking, Plan, Relabelled, Scored, plan, relabelled, samples
 from pipelines.labellers.sample import Ensemble, Found
-from pipelines.reference import Address, addresses, read
 from schemas.command import did_you_mean, share, weights
 from schemas.errors import Reject, UsageError, UserError
 from schemas.feedback import REJECTED, check

@@ -17,7 +17,6 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
-from itertools import pairwise
 from typing import Any
 
 import apache_beam as beam
@@ -31,6 +30,7 @@ from apache_beam.utils.shared import Shared
 from pipelines import dataset, engines, gpu, io, models, parity, render
 from pipelines.beam import across_processes, count, once, run_stage, shares_disk
 from pipelines.beam import check as check_flags
+from pipelines.chunks import Address, addresses, read
 from pipelines.pieces import Pieces
 from pipelines.store import Store, space_of
 from schemas.command import share
@@ -43,22 +43,6 @@ log = logging.getLogger(__name__)
 CHUNK_ROWS = 2_048
 SAMPLE_PLACES = 16  # of the rows for parity, spread over the dataset
 HOPELESS = 16  # rows in a row on which the engine fails: then it is not the rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Address:
-    """Where a chunk's rows lie: rows [start, stop) of a row group."""
-
-    index: tuple[int, int, int]
-    path: str
-    group: int
-    start: int
-    stop: int
-    first: int  # number of the chunk's first row in its file, from 1
-
-    @property
-    def split(self) -> str:
-        return self.path.rsplit("/", 1)[-1].partition("-")[0]
 
 
 @dataclasses.dataclass
@@ -74,39 +58,7 @@ class Chunk:
     counts: Counter[str] = dataclasses.field(default_factory=Counter)  # rows: reused, computed, repeated
 
 
-# --- reading and rendering -----------------------------------------------------------------------
-
-
-def addresses(item: tuple[int, str], rows: int, together: str = "comparison_id") -> Iterator[Address]:
-    """Chunks of about `rows` rows of a data file; rows that follow each other and share `together` are never parted."""
-    i, path = item
-    first = 1
-    with io.open_parquet(path) as file:
-        for group in range(file.num_row_groups):
-            ids = file.read_row_group(group, columns=[together])[together].to_pylist()
-            cuts = _cuts(ids, rows)
-            for k, (start, stop) in enumerate(pairwise(cuts)):
-                yield Address((i, group, k), path, group, start, stop, first + start)
-            first += len(ids)
-
-
-def _cuts(ids: Sequence[str | None], rows: int) -> list[int]:
-    cuts = [0]
-    while cuts[-1] < len(ids):
-        cut = min(cuts[-1] + rows, len(ids))
-        while cut < len(ids) and ids[cut] and ids[cut] == ids[cut - 1]:
-            cut += 1
-        cuts.append(cut)
-    return cuts
-
-
-def read(address: Address, schema: pa.Schema) -> pa.Table:
-    """The rows of a chunk."""
-    with io.open_parquet(address.path) as file:
-        rows = file.read_row_group(address.group).slice(address.start, address.stop - address.start)
-    rows = rows.cast(schema).replace_schema_metadata(None).combine_chunks()
-    check(rows, scored="ref_logps" in schema.names)
-    return rows
+# --- rendering -----------------------------------------------------------------------------------
 
 
 class Render(beam.DoFn):

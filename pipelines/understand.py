@@ -250,8 +250,12 @@ def _retried(directory: str, args: argparse.Namespace, chosen: mappings.Mapping 
     manifest = dataset.read_manifest(root)
     paths = [f"{root.rstrip('/')}/{f['path']}" for f in manifest.files if f["path"].startswith("rejected/")]
     found = [_again(path, of, manifest, args, chosen) for path in paths for of in _files_in(path)]
+    parts = sum(manifest.rejected_parts.values())
+    told = f"{parts} parts left out of records that were accepted; after a fix, ingest the files of these again"
     if not found:
-        raise UserError(f"{directory}: no rejected records here")
+        raise UserError(f"{directory}: no rejected records here{f', only {told}' if parts else ''}")
+    if parts:
+        log.warning("%s: not tried again are %s", directory, told)
     return found
 
 

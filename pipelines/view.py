@@ -23,7 +23,7 @@ from pipelines import dataset, io, publish
 from pipelines.plan import Piece, read
 from schemas.command import share
 from schemas.errors import UsageError
-from schemas.feedback import check, check_comparisons, identify
+from schemas.feedback import check, check_comparisons, identify, stored
 from schemas.manifest import Manifest
 
 REASONS = {
@@ -101,6 +101,7 @@ def _unpaired(label: Label, judged: list[Label]) -> str:
 
 def to_binary(labels: list[Label], threshold: float) -> tuple[list[Made], LeftOut]:
     """Scores strictly above `threshold` are good; of a comparison the better response is good and the worse bad."""
+    threshold = stored(threshold)
     made, left = [], _without(labels, "binary", "scalar", "pairwise")
     for label in labels:
         if label["type"] == "binary":

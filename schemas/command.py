@@ -16,14 +16,16 @@ from schemas.errors import UsageError, UserError
 Command = Callable[[argparse.Namespace], dict[str, Any]]
 
 
-def run(command: Command, args: argparse.Namespace, name: str) -> int:
-    """Run `command(args)` and return the exit code.
+def run(command: Command, parse: Callable[[], argparse.Namespace], name: str) -> int:
+    """Run the command on the arguments that `parse` gives, and return the exit code.
 
-    The command prints its result for people and returns the summary that `--json` prints as the last
-    line. A summary with a true `"failed"` entry (a reason) gives exit code 1 after everything is written.
+    To parse may import much, in which it can be interrupted. The command prints its result for people and returns
+    the summary that `--json` prints as the last line. A summary with a true `"failed"` entry (a reason) gives exit
+    code 1 after everything is written.
     """
     debug = bool(os.environ.get("UNA_DEBUG"))
     try:
+        args = parse()
         summary = command(args)
     except UserError as error:
         if debug:

@@ -213,7 +213,7 @@ def comparison(
     _check_response(second)
     _check_reward(1 - p_first, raw[1])
     b = Row(**a)
-    b["response"], b["reward"] = second, _stored(1 - p_first)
+    b["response"], b["reward"] = second, stored(1 - p_first)
     b["raw_reward"] = None if raw[1] is None else float(raw[1])
     return [a, b]
 
@@ -237,7 +237,7 @@ def _row(
     return Row(
         prompt=prompt,
         response=response,
-        reward=None if reward is None else _stored(reward),
+        reward=None if reward is None else stored(reward),
         type=kind,
         source=source,
         raw_reward=None if raw_reward is None else float(raw_reward),
@@ -279,8 +279,8 @@ def _check_reward(reward: float | None, raw_reward: float | None) -> None:
         raise Reject("reward_out_of_range", f"the reward {reward} is not in [0, 1]")
 
 
-def _stored(reward: float) -> float:
-    """The reward as the column holds it; ids are over this number."""
+def stored(reward: float) -> float:
+    """The reward as the column holds it, in float32; ids are over this number, and thresholds compare with it."""
     return reward if reward in (0.0, 0.5, 1.0) else float(np.float32(reward))
 
 

@@ -1,6 +1,7 @@
 """The command line as documented: every command exists, helps, and tells wrong arguments apart from failed runs."""
 
 import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -74,6 +75,28 @@ def test_wrong_arguments_exit_with_2(una_here, tmp_path, monkeypatch, argv, says
     assert re.search(says, err), err
     assert code == 2
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("imports", [0, 1])
+def test_an_interrupt_while_modules_load_is_one_line(una_here, monkeypatch, imports):
+    """The module of a command is asked for twice: for its arguments, and to run it."""
+    load, seen = importlib.import_module, []
+
+    def interrupted(module):
+        seen.append(module)
+        if len(seen) > imports:
+            raise KeyboardInterrupt
+        return load(module)
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupted)
+    code, _, err = una_here("view", "rows", "--as", "binary", "--output", "out")
+    assert (code, err) == (1, "una view: error: interrupted; nothing was left half-written\n")
+
+
+@pytest.mark.parametrize("module", ["filters", "publish", "ingest", "view"])
+def test_what_needs_no_model_loads_none(module):
+    code = f"import sys, pipelines.{module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_help_is_quick_and_imports_nothing_heavy():

@@ -254,7 +254,8 @@ REJECTED = [
     ("trl_unpaired", {"prompt": "Q", "completion": "A", "label": 10**5000}, "invalid_label"),
     ("trl_unpaired", {"prompt": "Q", "completion": "A", "label": "yes"}, "invalid_label"),
     ("trl_unpaired", {"prompt": "Q", "completion": "A", "label": float("nan")}, "invalid_label"),
-    ("trl_unpaired", {"prompt": "Q", "completion": "A", "label": ""}, "missing_field"),
+    ("trl_unpaired", {"prompt": "Q", "completion": "A", "label": ""}, "missing_label"),
+    ("trl_unpaired", {"prompt": "Q", "completion": "A"}, "missing_field"),
     ("trl_unpaired", {"prompt": "Q", "completion": "A", "label": [True]}, "wrong_type"),
     ("trl_unpaired", {"prompt": "Q", "completion": [_U], "label": True}, "wrong_shape"),
     ("trl_prompt_completion", {"prompt": "Q", "completion": ""}, "empty_response"),
@@ -333,6 +334,24 @@ def test_a_complaint_says_where_and_what():
 # --- policies ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("label", [None, "", " ", "N/A"])
+@pytest.mark.parametrize(
+    ("name", "record", "field"),
+    [
+        ("trl_unpaired", {"prompt": "Q", "completion": "A"}, "label"),
+        ("sharegpt_kto", {"messages": [_U, _A]}, "label"),
+        ("sharegpt_kto", {"messages": [_U, _A]}, "kto_tag"),
+        ("alpaca_kto", {"instruction": "Q", "output": "A"}, "kto_tag"),
+    ],
+)
+def test_a_thumb_that_nobody_gave_is_a_missing_label(name, record, field, label):
+    assert detect([record | {field: label}]).most_common(1)[0][0] == name
+    assert _reason(name, record | {field: label}) == "missing_label"
+    (row,) = _convert(name, record | {field: label}, missing="unlabelled")
+    assert (row["type"], row["response"], row["reward"]) == ("unlabelled", "A", None)
+    assert _reason(name, record | {field: "-1"}) == "invalid_label"  # it may mean a thumb down
+
+
 def test_ultrafeedback_overall_score_maps_one_to_ten():
     rows = _convert("ultrafeedback", {"instruction": "Q", "completions": [_ULTRA]}, ultrafeedback_score="overall_score")
     assert rows[0]["reward"] == float(np.float32(6 / 9))
@@ -397,6 +416,39 @@ def test_a_prompt_may_end_in_a_tool_call():
     shown = {"role": "tool", "content": "on"}
     rows = _convert("trl_preference", _preferred([shown, _A], [shown, _B], prompt=[_U, call]))
     assert rows[0]["prompt"] == [_U, call | {"content": "", "tool_calls": '[{"name":"f"}]'}, shown]
+
+
+def _after_calls(*results, ids=("c1", "c2")):
+    calls = [{"function": {"name": name}} | ({"id": one} if one else {}) for name, one in zip("fg", ids, strict=True)]
+    told = [{"role": "tool", "content": text, "tool_call_id": one} for text, one in results]
+    return {"messages": [_U, {"role": "assistant", "content": None, "tool_calls": calls}, *told, _U, _A]}
+
+
+@pytest.mark.parametrize(
+    ("record", "results"),
+    [
+        (_after_calls(("of g", "c2"), ("of f", "c1")), ["of f", "of g"]),
+        (_after_calls(("of f", "c1"), ("of g", "c2")), ["of f", "of g"]),
+        (_after_calls(("of g", "c2")), ["of g"]),  # f never returned
+        (_after_calls(("one", "c2"), ("other", None)), ["one", "other"]),
+        (_after_calls(("one", "c2"), ("other", "c1"), ids=("c1", None)), ["one", "other"]),
+    ],
+)
+def test_results_come_in_the_order_of_their_calls(record, results):
+    (row,) = _convert("trl_messages", record)
+    assert [turn["content"] for turn in row["prompt"] if turn["role"] == "tool"] == results
+    assert [turn["role"] for turn in row["prompt"]][-1] == "user"
+    assert not unread([record], lambda one: _convert("trl_messages", one))
+
+
+@pytest.mark.parametrize(
+    ("ids", "why"), [(("c1", "c3"), "'c3' answers no call"), (("c2", "c2"), "'c2' is there twice")]
+)
+def test_a_result_that_is_no_calls_is_rejected(ids, why):
+    record = _after_calls(*(("on", one) for one in ids))
+    with pytest.raises(Reject, match=rf"messages\[3\].tool_call_id: str {why}") as rejected:
+        _convert("trl_messages", record)
+    assert rejected.value.reason == "wrong_shape"
 
 
 def test_a_prompt_text_may_follow_a_system_turn_of_the_conversation():

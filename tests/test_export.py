@@ -21,6 +21,7 @@ ASK = [{"role": "user", "content": "What is red?"}]
 SYSTEM = {"role": "system", "content": "Be brief."}
 CALL = '[{"type":"function","function":{"name":"look","arguments":{"at":"sky"}}}]'
 CALL_WITH_ID = '[{"id":"c1","type":"function","function":{"name":"look","arguments":"{\\"at\\":\\"sky\\"}"}}]'
+TWO_CALLS = json.dumps([{"id": one, "function": {"name": "look"}} for one in ("c1", "c2")])
 FACTS = {"source": "s", "labeller": "human:ab"}
 
 
@@ -213,6 +214,7 @@ def test_what_people_chose_is_an_annotation():
         ("vertex", pair(prompt=[*ASK, {"role": "assistant", "content": "x"}]), {}, "turns"),
         ("vertex", pair(prompt=[SYSTEM]), {}, "turns"),
         ("openai-preference", pair(prompt=with_call(CALL)), {}, "tool_result_without_id"),
+        ("openai-preference", pair(prompt=with_call(TWO_CALLS)), {}, "tool_result_without_id"),  # of which call?
         ("openai-preference", pair(metadata={"tools": "{"}), {}, "tools"),
         ("openai-preference", pair(prompt=with_call('[{"id": NaN}]')), {}, "tool_calls"),
         ("trl-preference", pair(prompt=with_call("no JSON")), {}, "tool_calls"),
@@ -230,11 +232,22 @@ def test_left_out(to, rows, context, reason):
     assert reason in export.REASONS or reason.startswith("type_")
 
 
+def test_results_have_the_ids_of_their_calls():
+    prompt = [*with_call(TWO_CALLS), {"role": "tool", "content": "green"}, *ASK, *with_call(CALL_WITH_ID)[1:]]
+    (record,), _ = made("openai-preference", pair(prompt=prompt))
+    results = [turn for turn in record["input"]["messages"] if turn["role"] == "tool"]
+    found = [(turn["content"], turn["tool_call_id"]) for turn in results]
+    assert found == [("blue", "c1"), ("green", "c2"), ("blue", "c1")]
+
+
 def test_thresholds_are_strict_and_only_when_asked_for():
     rows = [row for reward in (0.0, 0.5, 0.75, 1.0) for row in feedback.score(ASK, "x", reward, source="s")]
     found, tally = made("trl-kto", rows, threshold=0.5)
     assert [record["label"] for record in found] == [False, False, True, True]
     assert tally.lost["soft_label"] == 2
+    for tenth in (n / 10 for n in range(1, 10)):  # as float32 has it
+        rows = [row for reward in (tenth, tenth + 0.01) for row in feedback.score(ASK, "x", reward, source="s")]
+        assert [record["label"] for record in made("trl-kto", rows, threshold=tenth)[0]] == [False, True]
     assert made("trl-kto", [{**GOOD[0], "reward": 0.25}])[1].left_out == {"soft_label": 1}
     assert made("trl-kto", GOOD, threshold=1.0)[0][0]["label"] is True  # a verdict stays what it is
 
@@ -249,6 +262,7 @@ def test_thresholds_are_strict_and_only_when_asked_for():
             {"raw_reward": 2, "source": 2, "labeller": 2},
         ),
         ("vertex", pair(metadata={"tools": "[]"}), {"metadata": 2, "source": 2, "labeller": 2}),
+        ("vertex", pair(prompt=[SYSTEM | {"content": " "}, *ASK]), {"blank_system": 2, "source": 2, "labeller": 2}),
         ("trl-prompt-completion", SHOW, {"metadata": 1, "source": 1, "labeller": 1}),
         ("halos", RATED, {"raw_reward": 1, "source": 1, "labeller": 1}),
         ("llama-factory", pair(prompt=with_call(CALL_WITH_ID)), {"tool_call_id": 2, "source": 2, "labeller": 2}),
@@ -256,6 +270,11 @@ def test_thresholds_are_strict_and_only_when_asked_for():
 )
 def test_losses_are_counted(to, rows, lost):
     assert made(to, rows)[1].lost == lost
+
+
+def test_a_blank_system_turn_is_no_instruction():
+    blank, none = (made("vertex", pair(prompt=turns))[0] for turns in ([SYSTEM | {"content": ""}, *ASK], ASK))
+    assert blank == none
 
 
 def test_comparisons_find_their_halves_wherever_they_lie():

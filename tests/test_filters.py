@@ -83,6 +83,25 @@ def test_language_keeps_what_is_wanted_and_what_cannot_be_told(filtered):
     assert language == {"keep": ["de", "en"], "of": "response", "confidence": 0.7, "undecided": 4}
 
 
+@pytest.mark.parametrize(
+    ("text", "languages"),
+    [
+        ("قررت اللجنة أن تدخل اللوائح الجديدة حيز التنفيذ في بداية العام المقبل بعد نقاش طويل.", ["ar", "ary"]),
+        ("委員會經過長時間討論後決定新規定將於明年年初生效。", ["yue", "zh"]),
+    ],
+)
+def test_a_text_that_is_undecided_between_other_languages_is_in_none_of_the_wanted(filtered, text, languages):
+    (first, a), (second, b), *_ = filters.identifier().rank(text)
+    assert a < filters.CONFIDENCE < a + b
+    assert sorted((first, second)) == languages
+    thumbs = [thumb("How does bread rise?", one) for one in (ENGLISH, text)]
+    facts, left, rejected = filtered("--language", "en", thumbs=thumbs)
+    assert (responses(left), [r["reason"] for r in rejected]) == ([ENGLISH], ["filtered_language"])
+    assert facts["policies"]["filters"][0]["language"]["undecided"] == 0
+    for one in languages:
+        assert responses(filtered("--language", one, thumbs=thumbs)[1]) == [text]
+
+
 def test_language_of_the_conversation(filtered):
     thumbs = [thumb(GERMAN, "Ja."), thumb(ENGLISH, "Ja.")]
     _, left, _ = filtered("--language", "en", "--language-of", "conversation", thumbs=thumbs)

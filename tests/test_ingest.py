@@ -69,6 +69,7 @@ def test_all_rejected_fails_whatever_the_limit(una_here, tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [{**preference(2), "chosen": ""}])
     code, _, err = una_here("ingest", path, "--output", tmp_path / "out", "--max-rejected", "1")
     assert (code, "no rows came out of 1 inputs" in err) == (1, True)
+    assert f"; see {tmp_path / 'out'}/rejected" in err
 
 
 def test_ties_are_a_policy(una_here, tmp_path):

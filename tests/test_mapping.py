@@ -165,6 +165,7 @@ _ONE = [
     ("score: [0, 4], map: {yes: 4, no: 0, 7: 2}", "Yes", 1.0),
     ("score: [0, 4], map: {yes: 4, no: 0, 7: 2}", 7.0, 0.5),
     ("score: [0, 4], map: {yes: 4}", "maybe", "invalid_label"),
+    ("score: [0, 4], map: {yes: 4}", 3, "invalid_label"),
     ("stars: 5", 2, 0.25),
     ("stars: 5, better: lower", 2, 0.75),
     ("stars: 5", 0, "reward_out_of_range"),

@@ -15,7 +15,7 @@ from conftest import REPO, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import dataset, engines, io, reference
+from pipelines import chunks, dataset, engines, io, reference
 from pipelines.engines.transformers import batches, bundles
 from schemas.errors import Reject, UserError
 from schemas.feedback import check, check_comparisons
@@ -111,7 +111,7 @@ def test_little_of_a_batch_is_padding():
 
 @given(st.lists(st.sampled_from(["a", "a", "b", "c", None]), max_size=40), st.integers(1, 7))
 def test_cuts_do_not_part_neighbours_of_a_comparison(comparisons, rows):
-    cuts = reference._cuts(comparisons, rows)
+    cuts = chunks._cuts(comparisons, rows)
     assert cuts[0] == 0
     assert cuts[-1] == len(comparisons)
     for cut in cuts[1:-1]:

@@ -90,6 +90,22 @@ def test_rejected_records_are_tried_again_and_only_those(una_here, tmp_path):
     assert code == 1, err
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_parts_that_were_left_out_are_not_tried_again_and_that_is_said(una_here, tmp_path, whole):
+    rated = [{"prompt": "q", "given": [{"t": "a", "x": 1}, {"t": "b", "x": 9}, {"t": "c", "x": 9}]}]
+    path = write_jsonl(tmp_path / "rated.jsonl", rated + [{"prompt": "q", "given": [{"t": "a", "x": 9}]}] * whole)
+    mapping = tmp_path / "m.yaml"
+    described = "each: given\nprompt: prompt\nresponse: item.t\nlabel: {field: item.x, score: [0, 5]}\n"
+    mapping.write_text(described)
+    reading = ("--mapping", mapping, "--max-rejected", "1")
+    assert una_here("ingest", path, *reading, "--output", tmp_path / "out")[0] == 0
+    mapping.write_text(described.replace("5", "10"))
+    code, _, err = una_here("ingest", tmp_path / "out", "--retry", *reading, "--output", tmp_path / "again")
+    assert code == (0 if whole else 1), err
+    assert "2 parts left out of records that were accepted; after a fix, ingest the files of these again" in err
+    assert ("no rejected records here" in err) is not whole
+
+
 def test_a_policy_tells_how_often_it_decided(una_here, tmp_path):
     texts = [{"prompt": f"p{i}", "completion": "c", "label": label} for i, label in enumerate(("true", "0", "1", "?"))]
     path = write_jsonl(tmp_path / "x.jsonl", texts)

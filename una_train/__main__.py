@@ -21,7 +21,7 @@ def main(add_arguments: Callable[[argparse.ArgumentParser], None], run: Command)
     args = parser.parse_args()
     args.json = args.json and os.environ.get("RANK", "0") == "0"
     follower = os.environ.get("LOCAL_RANK", "0") != "0"
-    return command.run(_silent(run) if follower else run, args, "una_train")
+    return command.run(_silent(run) if follower else run, lambda: args, "una_train")
 
 
 def _silent(run: Command) -> Command:

@@ -14,6 +14,7 @@ from schemas.feedback import Message, Row, comparison, score, thumb, unlabelled
 
 Made = list[Row | LeftOut]
 _NOBODY = {"labeller": None}  # gave no label
+GOOD_OR_BAD = "true (or 1) is good, false (or 0) is bad; null, blank and N/A are no label; nothing else is accepted"
 
 
 def annotator(user: object) -> str:
@@ -138,8 +139,8 @@ def rated(
 
 
 def thumbed(prompt: list[Message], response: str, value: Any, where: str, policy: Policy, **facts: Any) -> list[Row]:
-    """A binary row from a yes or no as `verdict` reads it."""
-    if is_missing(value):
+    """A binary row from a yes or no as `verdict` reads it; −1 may mean a no, so it does not stand for none."""
+    if is_missing(value, ("N/A",)):
         _missing(f"{where} is {value!r}", policy)
         return unlabelled(prompt, response, **(facts | _NOBODY))
     return thumb(prompt, response, verdict(value, where), **facts)

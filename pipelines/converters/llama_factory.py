@@ -5,11 +5,13 @@ demo files. Other names that a `dataset_info.json` may give are not read. The la
 """
 
 from pipelines.converters.base import Converter, LeftOut, Policy, Record
+from pipelines.converters.labels import GOOD_OR_BAD, thumbed
 from pipelines.converters.messages import (
     SYSTEM_FIELD,
     answer,
     answered,
     has,
+    held,
     judged,
     kept,
     messages,
@@ -19,11 +21,10 @@ from pipelines.converters.messages import (
     show,
     side,
     text,
-    verdict,
     with_system,
 )
 from schemas.errors import Reject
-from schemas.feedback import Message, Row, comparison, demonstration, thumb
+from schemas.feedback import Message, Row, comparison, demonstration
 
 _SIDES = ("chosen", "rejected", "chosen_model", "rejected_model", "chosen_policy", "rejected_policy")
 
@@ -64,9 +65,8 @@ def _sharegpt_kto(record: Record, source: str, policy: Policy) -> list[Row | Lef
     """The last turn is the response; `kto_tag`, or the demo file's `label`, says whether it is good."""
     refuse_media(record)
     name = "kto_tag" if "kto_tag" in record else "label"
-    good = verdict(needed(record, name), name)
     prompt, response = _prompt_and_response(record)
-    return [*thumb(prompt, response, good, source=source, metadata=kept(record))]
+    return [*thumbed(prompt, response, held(record, name), name, policy, source=source, metadata=kept(record))]
 
 
 def _sharegpt(record: Record, source: str, policy: Policy) -> list[Row | LeftOut]:
@@ -111,9 +111,9 @@ def _alpaca_preference(record: Record, source: str, policy: Policy) -> list[Row 
 def _alpaca_kto(record: Record, source: str, policy: Policy) -> list[Row | LeftOut]:
     """`kto_tag` says whether `output` is good."""
     refuse_media(record)
-    good = verdict(needed(record, "kto_tag"), "kto_tag")
-    response = text(needed(record, "output"), "output")
-    return [*thumb(_alpaca_prompt(record), response, good, source=source, metadata=kept(record))]
+    prompt, response = _alpaca_prompt(record), text(needed(record, "output"), "output")
+    about = {"source": source, "metadata": kept(record)}
+    return [*thumbed(prompt, response, held(record, "kto_tag"), "kto_tag", policy, **about)]
 
 
 def _alpaca(record: Record, source: str, policy: Policy) -> list[Row | LeftOut]:
@@ -137,8 +137,6 @@ _ASKED = {
     **SYSTEM_FIELD,
 }
 _PAIR = {"chosen": "response with reward 1", "rejected": "response with reward 0"}
-_KTO = "true (or 1) is good, false (or 0) is bad; nothing else is accepted"
-
 CONVERTERS = [
     Converter(
         name="sharegpt_preference",
@@ -156,7 +154,7 @@ CONVERTERS = [
         convert=_sharegpt_kto,
         fields=_WITH_RESPONSE | {"kto_tag": "reward: 1 or 0", "label": "reward, in files without kto_tag"},
         required=(("conversations", "messages"), ("label", "kto_tag")),
-        labels=_KTO,
+        labels=GOOD_OR_BAD,
     ),
     Converter(
         name="sharegpt",
@@ -183,7 +181,7 @@ CONVERTERS = [
         convert=_alpaca_kto,
         fields=_ASKED | {"output": "response", "kto_tag": "reward: 1 or 0"},
         required=("instruction", "output", "kto_tag"),
-        labels=_KTO,
+        labels=GOOD_OR_BAD,
     ),
     Converter(
         name="alpaca",

@@ -93,6 +93,11 @@ def text(value: Any, where: str) -> str:
     return value
 
 
+def held(record: dict[str, Any], name: str) -> Any:
+    """The value of a field that must be there, null as well."""
+    return record[name] if name in record else needed(record, name)
+
+
 def texts(record: dict[str, Any], *names: str) -> list[str]:
     """The strings in fields that must be there."""
     return [text(needed(record, name), name) for name in names]
@@ -224,11 +229,33 @@ def refuse_media(record: dict[str, Any]) -> None:
 def messages(value: Any, where: str) -> list[Message]:
     """A list of turns with `role` and `content`, or `from` and `value`.
 
-    Kept: the role, the text and the tool calls; a tool's name and a turn's thinking are not.
+    Kept: the role, the text and the tool calls; a tool's name and a turn's thinking are not. The results of a turn's
+    calls come in the order of the calls, since a row tells by that which is whose.
     """
     if not isinstance(value, list):
         raise Reject("wrong_type", f"{where}: expected a list of messages, got {show(value)}")
-    return [_message(m, f"{where}[{i}]") for i, m in enumerate(value)]
+    turns = [_message(m, f"{where}[{i}]") for i, m in enumerate(value)]
+    named = [m.get("tool_call_id") if t["role"] == "tool" else None for t, m in zip(turns, value, strict=True)]
+    return _in_order_of_calls(turns, named, where) if any(named) else turns
+
+
+def _in_order_of_calls(turns: list[Message], named: list[Any], where: str) -> list[Message]:
+    """Where every call of a turn has an id and every result behind it names one. `Reject` for one that is no call's."""
+    ordered = list(turns)
+    for i, turn in enumerate(turns):
+        start, end = i + 1, i + 1
+        while end < len(turns) and turns[end]["role"] == "tool":
+            end += 1
+        calls = _parsed(turn.get("tool_calls") or "[]")
+        ids = [call.get("id") if isinstance(call, dict) else None for call in calls]
+        if not ids or not all(ids) or not all(named[start:end]):
+            continue
+        for at in range(start, end):
+            if named[at] not in ids or named[at] in named[start:at]:
+                which = "answers no call of the turn before" if named[at] not in ids else "is there twice"
+                raise Reject("wrong_shape", f"{where}[{at}].tool_call_id: {show(named[at])} {which}")
+        ordered[start:end] = [turns[at] for at in sorted(range(start, end), key=lambda at: ids.index(named[at]))]
+    return ordered
 
 
 def _message(value: Any, where: str) -> Message:

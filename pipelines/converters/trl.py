@@ -7,6 +7,7 @@ prompt-only; stepwise supervision is in `trainers`. TRL has no column for the la
 import re
 
 from pipelines.converters.base import Converter, LeftOut, Policy, Record, Texts
+from pipelines.converters.labels import GOOD_OR_BAD, thumbed
 from pipelines.converters.messages import (
     SYSTEM,
     SYSTEM_FIELD,
@@ -14,6 +15,7 @@ from pipelines.converters.messages import (
     answered,
     conversation,
     has,
+    held,
     judged,
     kept,
     needed,
@@ -21,11 +23,10 @@ from pipelines.converters.messages import (
     refuse_media,
     side,
     text,
-    verdict,
     with_system,
 )
 from schemas.errors import Reject
-from schemas.feedback import Message, Row, comparison, demonstration, thumb
+from schemas.feedback import Message, Row, comparison, demonstration
 
 # A record with one of these beside chosen and rejected has its prompt there, not inside the two.
 _PROMPT = frozenset(("question", "input", "instruction", "query", "context", "history", "conversations"))
@@ -91,9 +92,9 @@ def _unpaired(record: Record, source: str, policy: Policy) -> list[Row | LeftOut
     The label is a boolean, 1 or 0, or one of these as text; a score such as 0.3 is rejected, never cast.
     """
     refuse_media(record)
-    good = verdict(needed(record, "label"), "label")
     prompt, response = _completion(record)
-    return [*thumb(prompt, response, good, source=source, metadata=kept(record))]
+    about = {"source": source, "metadata": kept(record)}
+    return [*thumbed(prompt, response, held(record, "label"), "label", policy, **about)]
 
 
 def _prompt_completion(record: Record, source: str, policy: Policy) -> list[Row | LeftOut]:
@@ -141,7 +142,7 @@ CONVERTERS = [
         convert=_unpaired,
         fields={"prompt": "prompt", "completion": "response", "label": "reward: 1 or 0", **_TOOLS},
         required=("prompt", "completion", "label"),
-        labels="true (or 1) is good, false (or 0) is bad; nothing else is accepted",
+        labels=GOOD_OR_BAD,
     ),
     Converter(
         name="trl_prompt_completion",

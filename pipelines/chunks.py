@@ -1,0 +1,58 @@
+"""Chunks of a dataset's rows: where they lie, which is all that is shuffled of them, and how they are read."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import pyarrow as pa
+
+from pipelines import io
+from schemas.feedback import check
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """Where a chunk's rows lie: rows [start, stop) of a row group."""
+
+    index: tuple[int, int, int]
+    path: str
+    group: int
+    start: int
+    stop: int
+    first: int  # number of the chunk's first row in its file, from 1
+
+    @property
+    def split(self) -> str:
+        return self.path.rsplit("/", 1)[-1].partition("-")[0]
+
+
+def addresses(item: tuple[int, str], rows: int, together: str = "comparison_id") -> Iterator[Address]:
+    """Chunks of about `rows` rows of a data file; rows that follow each other and share `together` are never parted."""
+    i, path = item
+    first = 1
+    with io.open_parquet(path) as file:
+        for group in range(file.num_row_groups):
+            ids = file.read_row_group(group, columns=[together])[together].to_pylist()
+            cuts = _cuts(ids, rows)
+            for k, (start, stop) in enumerate(pairwise(cuts)):
+                yield Address((i, group, k), path, group, start, stop, first + start)
+            first += len(ids)
+
+
+def _cuts(ids: Sequence[str | None], rows: int) -> list[int]:
+    cuts = [0]
+    while cuts[-1] < len(ids):
+        cut = min(cuts[-1] + rows, len(ids))
+        while cut < len(ids) and ids[cut] and ids[cut] == ids[cut - 1]:
+            cut += 1
+        cuts.append(cut)
+    return cuts
+
+
+def read(address: Address, schema: pa.Schema) -> pa.Table:
+    """The rows of a chunk."""
+    with io.open_parquet(address.path) as file:
+        rows = file.read_row_group(address.group).slice(address.start, address.stop - address.start)
+    rows = rows.cast(schema).replace_schema_metadata(None).combine_chunks()
+    check(rows, scored="ref_logps" in schema.names)
+    return rows
