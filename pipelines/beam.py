@@ -28,14 +28,12 @@ from apache_beam.runners.portability.flink_runner import MAGIC_HOST_NAMES
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.runners.portability.fn_api_runner.fn_runner import ExtendedProvisionInfo
 from apache_beam.runners.runner import PipelineResult
-from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
-from pipelines import dataset, processes, remote
+from pipelines import dataset, remote, workers
 from schemas.errors import UsageError, UserError
 
 # what a worker raised, in the last line of a traceback
 _SAID = re.compile(r"(?:UserError|UsageError|OSError|[A-Z]\w+Error: \[Errno \d+\]):? (.+)$", re.MULTILINE)
-_LOST = "Channel closed prematurely"  # what Beam's local runner raises when a worker is gone
 ONE_PROCESS = "no_use_multiple_sdk_containers"  # Dataflow's experiment: one worker process per machine
 _LOCAL = "FnApiRunner"  # plain DirectRunner would try to download Prism, and then ignores direct_* options
 
@@ -177,7 +175,7 @@ def _local(chosen: PipelineOptions) -> FnApiRunner:
     provisions, environment = ExtendedProvisionInfo(provision.ProvisionInfo(pipeline_options=told)), None
     if (direct := chosen.view_as(DirectOptions)).direct_running_mode == "multi_processing":
         direct.direct_running_mode = "in_memory"  # with the other name Beam would start workers of its own
-        environment = SubprocessSDKEnvironment.from_command_string(processes.worker_command())
+        environment = workers.environment()
     return FnApiRunner(environment, provision_info=provisions)
 
 
@@ -245,7 +243,7 @@ def _readable(error: Exception) -> BaseException:
     text = str(error)
     if re.search(r"^KeyboardInterrupt\b", text, re.MULTILINE):
         return KeyboardInterrupt()
-    if _LOST in text:
+    if workers.LOST in text:
         return UserError(
             "a worker process ended in the middle of its work: it was killed, or had too little memory; run again, "
             "with fewer --direct_num_workers if memory is short"

@@ -66,7 +66,6 @@ def main() -> None:
     hide(*hidden)
     end_quickly()
     command.log_to_stderr()
-    os.environ.pop("LOGGING_API_SERVICE_DESCRIPTOR", None)  # Beam would send what is logged to the starter, to show it
     from apache_beam.runners.worker import sdk_worker_main
 
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what it logs as errors, the starter raises

@@ -1,8 +1,12 @@
 """How Beam is run: flags, the Arrow coder, counters, and a portable runner with workers of its own."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import apache_beam as beam
 import pyarrow as pa
@@ -29,6 +33,48 @@ def test_a_worker_ends_with_the_process_that_started_it():
     starter.wait()
 
 
+TWO = ("--direct_num_workers", "2", "--direct_running_mode", "multi_processing")
+
+
+def test_a_worker_that_ends_before_it_has_called_ends_the_run(una_here, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "worker_command", lambda: "false")
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
+    code, _, err = una_here("ingest", path, "--output", tmp_path / "out", *TWO)
+    assert code == 1
+    assert "a worker process ended in the middle of its work" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.jsonl"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="processes are looked for in /proc")
+@pytest.mark.parametrize("delay", [0, 1.5])
+def test_an_interrupt_of_one_process_ends_its_workers_too(tmp_path, delay):
+    records = [{"prompt": f"q{i}", "chosen": "a" * 400, "rejected": "b" * 400} for i in range(200_000)]
+    path = write_jsonl(tmp_path / "x.jsonl", records)
+    argv = [sys.executable, "-m", "pipelines.cli", "ingest", str(path), "--output", str(tmp_path / "out"), *TWO]
+    run = subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while len(workers_of(run.pid)) < 2 and run.poll() is None:
+        time.sleep(0.05)
+    time.sleep(delay)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert (run.returncode, err.splitlines()[-1]) == (
+        1,
+        "una ingest: error: interrupted; nothing was left half-written",
+    )
+    assert "Traceback" not in err
+    assert not workers_of(run.pid)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.jsonl"]
+
+
+def workers_of(starter):
+    found = []
+    for about in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if about.read_bytes().split(b"\0")[1:4] == [b"-m", b"pipelines.processes", str(starter).encode()]:
+                found.append(about)
+    return found
+
+
 def test_a_worker_hides_what_its_starter_hides(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     processes.hide("pandas", "pymongo")
@@ -37,8 +83,7 @@ def test_a_worker_hides_what_its_starter_hides(monkeypatch):
 
 def test_two_processes_say_what_one_says_and_no_more(una, tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(50)])
-    two = ("--direct_num_workers", "2", "--direct_running_mode", "multi_processing")
-    said = [una("ingest", path, "--output", tmp_path / "out", "--overwrite", *flags).stderr for flags in ((), two)]
+    said = [una("ingest", path, "--output", tmp_path / "out", "--overwrite", *flags).stderr for flags in ((), TWO)]
     assert said[0] == said[1]
     assert "50 records" in said[0]
 
