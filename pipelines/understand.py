@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from pipelines import dataset, io, readers
 from pipelines import mapping as mappings
-from pipelines.converters import CONVERTERS, LeftOut, Policy, columns, detect, doubt, first_match, nearest
+from pipelines.converters import CONVERTERS, LeftOut, Policy, columns, detect, doubt, first_match, judging, nearest
 from pipelines.converters.base import CHOICES, PAPER_WEIGHTS, touched
 from pipelines.mapping.leaning import leaning, verdict
 from pipelines.unread import unread
@@ -197,6 +197,14 @@ def _detected(path: str, values: Iterator[Any], kind: str) -> tuple[str, float]:
     if not name:
         if known := columns.refusal(found[0]):
             raise UserError(f"{path}: {known}")
+        if judged := next((told for told in map(judging, found) if told[0]), None):
+            like, paths = judged
+            seem = f"{' and '.join(paths)} seem{'s' * (len(paths) == 1)}"
+            raise UserError(
+                f"{path}: its records look like {like}, but {seem} to tell how good a response is, which that format "
+                "does not read; say what it means with --mapping (see `una inspect --write-mapping`), or pass "
+                f"--format {like} to leave it unread"
+            )
         seen = ", ".join(map(str, list(found[0])[:12]))
         raise UserError(
             f"{path}: no known format has records with the fields {seen}; nearest: {'; '.join(nearest(found[0]))}; "

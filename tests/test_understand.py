@@ -190,19 +190,32 @@ TURNS = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}
 
 
 @pytest.mark.parametrize(
-    "record",
+    ("record", "like", "field"),
     [
-        {"messages": [TURNS[0], TURNS[1] | {"feedback": "down"}]},
-        {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "a", "rating": -1}]},
-        {"messages": TURNS, "meta": {"thumb": "down"}},
-        {"instruction": "p", "output": "a", "ok": False},
-        {"prompt": "p", "completion": "a", "edited_completion": "b"},
+        ({"messages": [TURNS[0], TURNS[1] | {"feedback": "down"}]}, "trl_messages", "messages[].feedback seems"),
+        (
+            {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "a", "rating": -1}]},
+            "sharegpt",
+            "conversations[].rating seems",
+        ),
+        ({"messages": TURNS, "meta": {"thumb": "down"}}, "trl_messages", "meta.thumb seems"),
+        ({"instruction": "p", "output": "a", "ok": False}, "alpaca", "ok seems"),
+        (
+            {"prompt": "p", "completion": "a", "edited_completion": "b"},
+            "trl_prompt_completion",
+            "edited_completion seems",
+        ),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "flipped": True}, "trl_preference", "flipped seems"),
+        ({"prompt": "p", "completion": "a", "score": 1, "ok": True}, "trl_prompt_completion", "score and ok seem"),
     ],
 )
-def test_a_judged_response_is_no_demonstration(una_here, tmp_path, record):
-    code, _, err = una_here("inspect", write_jsonl(tmp_path / "x.jsonl", [record]))
+def test_a_judged_response_is_no_demonstration(una_here, tmp_path, record, like, field):
+    path = write_jsonl(tmp_path / "x.jsonl", [record])
+    code, _, err = una_here("inspect", path)
     assert code == 1
-    assert "no known format" in err
+    assert f"its records look like {like}, but {field} to tell how good a response is" in err
+    assert f"pass --format {like} to leave it unread" in err
+    assert una_here("inspect", path, "--format", like)[0] == 0
 
 
 @pytest.mark.parametrize("said", ["rejected", "👎", "helpful"])
