@@ -153,6 +153,9 @@ def test_a_key_that_is_there_twice_is_told(una_here, tmp_path):
     assert "twice" not in una_here("inspect", tmp_path / "x.jsonl")[2]
 
 
+_ANSWER = {"role": "assistant", "content": "a"}
+
+
 @pytest.mark.parametrize(
     ("record", "field", "values", "format_name"),
     [
@@ -162,6 +165,14 @@ def test_a_key_that_is_there_twice_is_told(una_here, tmp_path):
         ({"context": "p", "response1": "a", "response2": "b"}, "overall_preference", [1, 2], "helpsteer3"),
         ({"prompt": "p", "response_1": "a", "response_2": "b"}, "preference_strength", [1, 3], "helpsteer2_preference"),
         ({"question": "p", "answer_a": "a", "answer_b": "b"}, "overall_preference", [0, 1], "lfqa"),
+        ({"prompt": "p", "completion": "a"}, "label", [1, 2], "trl_unpaired"),
+        ({"prompt": "p", "completion": "a"}, "label", [-1, 1], "trl_unpaired"),
+        ({"messages": [{"role": "user", "content": "p"}, _ANSWER]}, "label", [1, 2], "sharegpt_kto"),
+        ({"instruction": "p", "output": "a"}, "kto_tag", ["1", "2"], "alpaca_kto"),
+        ({"prompt": "p", "response": "a"}, "is_safe", [1, 2], "safety_labels"),
+        ({"history": "p", "human_ref_A": "a", "human_ref_B": "b"}, "labels", [1, 2], "shp"),
+        ({"info": {"post": "p"}, "summaries": [{"text": "a"}, {"text": "b"}]}, "choice", [1, 2], "summary_comparisons"),
+        ({"prompt": "p", "type": "binary_feedback", "output": "a"}, "label", [1, 2], "halos"),
     ],
 )
 def test_labels_that_a_format_would_read_otherwise_are_asked_about(
@@ -186,7 +197,7 @@ def test_names_of_responses_are_not_taken_for_responses(una_here, tmp_path):
     assert una_here("inspect", path, "--format", "trl_preference")[0] == 0
 
 
-TURNS = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]
+TURNS = [{"role": "user", "content": "p"}, _ANSWER]
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,7 @@ CONVERTERS = [
         convert=_sharegpt_kto,
         fields=_WITH_RESPONSE | {"kto_tag": "reward: 1 or 0", "label": "reward, in files without kto_tag"},
         required=(("conversations", "messages"), ("label", "kto_tag")),
+        telling=("label", lambda n: n == 0),
         labels=GOOD_OR_BAD,
     ),
     Converter(
@@ -181,6 +182,7 @@ CONVERTERS = [
         convert=_alpaca_kto,
         fields=_ASKED | {"output": "response", "kto_tag": "reward: 1 or 0"},
         required=("instruction", "output", "kto_tag"),
+        telling=("kto_tag", lambda n: n == 0),
         labels=GOOD_OR_BAD,
     ),
     Converter(

@@ -142,6 +142,7 @@ CONVERTERS = [
         convert=_unpaired,
         fields={"prompt": "prompt", "completion": "response", "label": "reward: 1 or 0", **_TOOLS},
         required=("prompt", "completion", "label"),
+        telling=("label", lambda n: n == 0),
         labels=GOOD_OR_BAD,
     ),
     Converter(
