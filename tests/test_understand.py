@@ -216,6 +216,23 @@ TURNS = [{"role": "user", "content": "p"}, _ANSWER]
             "trl_prompt_completion",
             "edited_completion seems",
         ),
+        *(
+            ({"prompt": "p", "completion": "a", field: 1}, "trl_prompt_completion", f"{field} seems")
+            for field in (
+                "accuracy",
+                "exact_match",
+                "grade",
+                "points",
+                "csat",
+                "likert",
+                "answer_relevance",
+                "coherence",
+            )
+        ),
+        *(
+            ({"prompt": "p", "completion": "a", field: 1}, "trl_prompt_completion", f"{field} seems")
+            for field in ("fluency", "factuality", "groundedness", "nota", "punteggio", "分数", "点数", "品質")
+        ),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "flipped": True}, "trl_preference", "flipped seems"),
         ({"prompt": "p", "completion": "a", "score": 1, "ok": True}, "trl_prompt_completion", "score and ok seem"),
     ],
@@ -236,6 +253,31 @@ def test_a_word_for_good_or_bad_beside_a_demonstration_is_asked_about(una_here, 
     assert code == 1
     assert f'meta.state ("{said}") may say whether a response is good' in err
     assert una_here("inspect", path, "--format", "trl_messages")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("success", False), ("solved", "no"), ("is_resolved", 0), ("refusal", True), ("pass_rate", 0.2),
+        ("pass_rate", "20%"), ("tests_passed", 3), ("win_rate", "0.4"), ("violation", False), ("errors", 2),
+    ],
+)  # fmt: skip
+def test_a_yes_or_a_number_in_a_field_that_judges_by_its_name_is_asked_about(una_here, tmp_path, field, value):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "p", "completion": "a", "meta": {field: value}}])
+    code, _, err = una_here("inspect", path)
+    assert code == 1
+    assert f"meta.{field} ({json.dumps(value)}) may say whether a response is good" in err
+    assert una_here("inspect", path, "--format", "trl_prompt_completion")[0] == 0
+
+
+def test_what_only_holds_a_word_for_good_or_bad_is_not_asked_about(una_here, tmp_path):
+    plain = {"topic": "error handling", "category": "Risk", "title": "Good morning", "emotion": "frustrated"}
+    plain |= {"subset": "clear", "task_type": "Correct", "about": "error handling", "greeting": "Good morning"}
+    plain |= {"problem_id": 3, "correct_answer": "4", "error_code": 7, "refusal": None}
+    records = [{"prompt": "p", "completion": "a"} | {key: value} for key, value in plain.items()]
+    path = write_jsonl(tmp_path / "x.jsonl", records)
+    code, _, err = una_here("inspect", path)
+    assert code == 0, err
 
 
 def test_fields_that_are_not_read_are_told(una_here, tmp_path):

@@ -22,11 +22,13 @@ _JUDGED = re.compile(
     r"|(.*_)?(score|rating|rank|star|vote|upvote|downvote|thumb|like|preference|feedback|label|winner|reward)(s|d)?"
     r"|(.*_)?((score|rating|star)s?_|correctness).*"
     r"|(.*_)?(satisfaction|usefulness|helpfulness|toxicity|severity|hallucinations?)"
+    r"|(.*_)?(accuracy|exact_match|relevanc[ey]|coherence|fluency|factuality|faithfulness|groundedness)"
+    r"|(grades?|points|csat|likert|nota|punteggio)"
     r"|(kto_tag|thumbs?_.*|confidence_.*|reactions?|passed|failed)"
     r"|(is_)?(good|bad|preferred|accepted|approved|correct|incorrect|wrong|useful|helpful|safe|unsafe|toxic|harmful"
     r"|offensive|biased|hallucinated|chosen|ties?|tied|flipped|swapped|inverted|ok|flagged|regenerated)"
     r"|(edited|corrected|revised|improved)_(response|answer|completion|output|text|reply)"
-    r"|.*(评分|打分|得分|评价|满意度|点赞|点踩|好评|評価|満足度|평가|점수|만족도|оценка|التقييم)"
+    r"|.*(评分|打分|得分|分数|评价|满意度|点赞|点踩|好评|評価|点数|品質|満足度|평가|점수|만족도|оценка|التقييم)"
     r"|(bewertung|zufriedenheit|puntuación|calificación|valoración|avaliação|évaluation|valutazione)(_.*)?",
     re.IGNORECASE,
 )
