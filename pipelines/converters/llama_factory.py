@@ -18,6 +18,7 @@ from pipelines.converters.messages import (
     needed,
     pair,
     refuse_media,
+    refuse_unweighted,
     show,
     side,
     text,
@@ -73,6 +74,7 @@ def _sharegpt(record: Record, source: str, policy: Policy) -> list[Row | LeftOut
     """The last turn is the demonstration; if it is a `function_call`, its text is the response."""
     refuse_media(record)
     prompt, response = _prompt_and_response(record)
+    refuse_unweighted(record[_name_of_turns(record)], _name_of_turns(record))
     return [*demonstration(prompt, response, source=source, metadata=kept(record))]
 
 

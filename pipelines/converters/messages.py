@@ -375,6 +375,12 @@ def answered(value: Any, where: str) -> list[Message]:
     return turns
 
 
+def refuse_unweighted(turns: list[Any], where: str) -> None:
+    """Reject a conversation whose last turn has `weight` 0, by which OpenAI and Mistral keep it from being learnt."""
+    if turns and turns[-1].get("weight") == 0:
+        raise Reject("filtered", f"{where}: the last turn has weight 0, so it is not to be learnt")
+
+
 def _response(message: dict[str, Any], where: str) -> str:
     """The text of a response; one that is more than text must not be cut down in silence."""
     for key in ("tool_calls", "thinking", "reasoning_content"):
