@@ -144,7 +144,7 @@ def _says_good_or_bad(value: Any) -> bool:
     """Whether it is a verdict as a whole: `error handling` and `Good morning` only hold a word of one."""
     if not isinstance(value, str) or (len(value) <= 3 and value.isascii()):  # `no` may be a language
         return False
-    return bool(verdict(value) or (re.fullmatch(r"(not[ _])?[^\W_]{1,20}", value) and leaning(value)))
+    return bool(verdict(value) or (re.fullmatch(r"((not|very)[ _])?[^\W_]{1,20}", value) and leaning(value)))
 
 
 def _says_how_much(value: Any) -> bool:

@@ -246,7 +246,7 @@ def test_a_judged_response_is_no_demonstration(una_here, tmp_path, record, like,
     assert una_here("inspect", path, "--format", like)[0] == 0
 
 
-@pytest.mark.parametrize("said", ["rejected", "👎", "helpful"])
+@pytest.mark.parametrize("said", ["rejected", "👎", "helpful", "very good", "not_good", "terrible"])
 def test_a_word_for_good_or_bad_beside_a_demonstration_is_asked_about(una_here, tmp_path, said):
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": TURNS, "meta": {"language": "no", "state": said}}])
     code, _, err = una_here("inspect", path)
