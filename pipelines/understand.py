@@ -16,9 +16,11 @@ import pyarrow.compute as pc
 
 from pipelines import dataset, io, readers
 from pipelines import mapping as mappings
-from pipelines.converters import CONVERTERS, LeftOut, Policy, columns, detect, doubt, first_match, nearest
+from pipelines.converters import CONVERTERS, LeftOut, Policy, columns, detect, doubt, first_match, judging, nearest
 from pipelines.converters.base import CHOICES, PAPER_WEIGHTS, touched
-from pipelines.mapping.leaning import leaning, verdict
+from pipelines.converters.messages import NUMBER
+from pipelines.mapping.drafting.labels import _CATEGORY
+from pipelines.mapping.leaning import leaning, snake, verdict
 from pipelines.unread import unread
 from schemas.command import did_you_mean, ranges, weights
 from schemas.errors import Reject, UsageError, UserError
@@ -29,6 +31,12 @@ log = logging.getLogger(__name__)
 DETECTED = 200  # records that the detection looks at
 SAMPLE = 1_000  # records that `inspect` converts
 UNREAD = 12  # of the fields that are not read are named
+# Fields whose values tell records apart, or are a part of them, and judge no response: by the last word of their names.
+_NO_VERDICT = re.compile(
+    rf"(.*[^a-z])?({_CATEGORY}|emotion|mood|intention|answer|response|output|solution|question|problem|issue"
+    r"|code|number|index|idx|level|tokens?|languages?)s?",
+    re.IGNORECASE,
+)
 RIVAL = 1 / 3  # with this share of the records, a second format makes a file ambiguous
 
 
@@ -122,14 +130,28 @@ def _unread(source: Source, records: Iterable[Any], policy: Policy) -> dict[str,
 
 
 def _verdicts(source: Source, records: list[dict[str, Any]]) -> str:
-    """A field that is not read, and whose values are all words for good or bad; '' if there is none."""
+    """A field that is not read, and whose values all say good or bad, some by its name; '' if there is none."""
     found = unread(records, lambda record: source.reading.convert(record, source.name, Policy()))
     for path, values in (leaf for field in found.items() for leaf in _leaves(*field)):
-        words = [v for v in values if isinstance(v, str) and len(v) < 20]
-        words = [v for v in words if len(v) > 3 or not v.isascii()]  # `no` may be a language
-        if len(words) == len(values) and all(verdict(word) or leaning(word) for word in words):
+        name = path.rpartition(".")[2]
+        told = all(map(_says_good_or_bad, values)) or (leaning(name) and all(map(_says_how_much, values)))
+        if told and not _NO_VERDICT.fullmatch(snake(name)):
             return f"{path.removeprefix('.')} ({', '.join(map(_brief, values))})"
     return ""
+
+
+def _says_good_or_bad(value: Any) -> bool:
+    """Whether it is a verdict as a whole: `error handling` and `Good morning` only hold a word of one."""
+    if not isinstance(value, str) or (len(value) <= 3 and value.isascii()):  # `no` may be a language
+        return False
+    return bool(verdict(value) or (re.fullmatch(r"((not|very)[ _])?[^\W_]{1,20}", value) and leaning(value)))
+
+
+def _says_how_much(value: Any) -> bool:
+    """Whether it is a yes or no, or a number: what of, a name has to tell."""
+    if isinstance(value, str):
+        return bool(verdict(value) or NUMBER.fullmatch(value.strip().removesuffix("%")))
+    return isinstance(value, int | float)
 
 
 def _leaves(path: str, values: list[Any]) -> Iterator[tuple[str, list[Any]]]:
@@ -197,6 +219,14 @@ def _detected(path: str, values: Iterator[Any], kind: str) -> tuple[str, float]:
     if not name:
         if known := columns.refusal(found[0]):
             raise UserError(f"{path}: {known}")
+        if judged := next((told for told in map(judging, found) if told[0]), None):
+            like, paths = judged
+            seem = f"{' and '.join(paths)} seem{'s' * (len(paths) == 1)}"
+            raise UserError(
+                f"{path}: its records look like {like}, but {seem} to tell how good a response is, which that format "
+                "does not read; say what it means with --mapping (see `una inspect --write-mapping`), or pass "
+                f"--format {like} to leave it unread"
+            )
         seen = ", ".join(map(str, list(found[0])[:12]))
         raise UserError(
             f"{path}: no known format has records with the fields {seen}; nearest: {'; '.join(nearest(found[0]))}; "

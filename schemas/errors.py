@@ -35,7 +35,7 @@ REASONS = {
     "reward_out_of_range": "the reward lies outside the range of its scale",
     "missing_label": "there is no label, or a value that stands for none, and the policy is to drop such records",
     "tie": "neither side was preferred, and the policy for ties is to drop them",
-    "filtered": "the source withdrew it, or a filter of the mapping leaves it out",
+    "filtered": "the source withdrew it or gives it weight 0, or a filter of the mapping leaves it out",
     "filtered_language": "the text is in none of the languages asked for",
     "filtered_length": "the response is shorter or longer than asked for",
     "duplicate": "the same prompt and response came before",

@@ -263,6 +263,8 @@ REJECTED = [
     ("trl_messages", {"messages": [_U, _A, _U]}, "wrong_shape"),
     ("trl_messages", {"messages": []}, "wrong_shape"),
     ("trl_messages", {"messages": "Q"}, "wrong_type"),
+    ("trl_messages", {"messages": [_U, _A | {"weight": 1}, _U, _A | {"weight": 0}]}, "filtered"),
+    ("sharegpt", {"conversations": [_U, _A | {"weight": 0}]}, "filtered"),
     ("sharegpt_preference", _preferred(_A, _B, conversations=[]), "empty_prompt"),
     ("sharegpt_preference", _preferred(_A, _B, conversations={}), "wrong_type"),
     ("sharegpt_preference", _preferred(_A, _U, conversations=[_U]), "wrong_shape"),

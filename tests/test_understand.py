@@ -153,6 +153,9 @@ def test_a_key_that_is_there_twice_is_told(una_here, tmp_path):
     assert "twice" not in una_here("inspect", tmp_path / "x.jsonl")[2]
 
 
+_ANSWER = {"role": "assistant", "content": "a"}
+
+
 @pytest.mark.parametrize(
     ("record", "field", "values", "format_name"),
     [
@@ -162,6 +165,14 @@ def test_a_key_that_is_there_twice_is_told(una_here, tmp_path):
         ({"context": "p", "response1": "a", "response2": "b"}, "overall_preference", [1, 2], "helpsteer3"),
         ({"prompt": "p", "response_1": "a", "response_2": "b"}, "preference_strength", [1, 3], "helpsteer2_preference"),
         ({"question": "p", "answer_a": "a", "answer_b": "b"}, "overall_preference", [0, 1], "lfqa"),
+        ({"prompt": "p", "completion": "a"}, "label", [1, 2], "trl_unpaired"),
+        ({"prompt": "p", "completion": "a"}, "label", [-1, 1], "trl_unpaired"),
+        ({"messages": [{"role": "user", "content": "p"}, _ANSWER]}, "label", [1, 2], "sharegpt_kto"),
+        ({"instruction": "p", "output": "a"}, "kto_tag", ["1", "2"], "alpaca_kto"),
+        ({"prompt": "p", "response": "a"}, "is_safe", [1, 2], "safety_labels"),
+        ({"history": "p", "human_ref_A": "a", "human_ref_B": "b"}, "labels", [1, 2], "shp"),
+        ({"info": {"post": "p"}, "summaries": [{"text": "a"}, {"text": "b"}]}, "choice", [1, 2], "summary_comparisons"),
+        ({"prompt": "p", "type": "binary_feedback", "output": "a"}, "label", [1, 2], "halos"),
     ],
 )
 def test_labels_that_a_format_would_read_otherwise_are_asked_about(
@@ -186,32 +197,87 @@ def test_names_of_responses_are_not_taken_for_responses(una_here, tmp_path):
     assert una_here("inspect", path, "--format", "trl_preference")[0] == 0
 
 
-TURNS = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]
+TURNS = [{"role": "user", "content": "p"}, _ANSWER]
 
 
 @pytest.mark.parametrize(
-    "record",
+    ("record", "like", "field"),
     [
-        {"messages": [TURNS[0], TURNS[1] | {"feedback": "down"}]},
-        {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "a", "rating": -1}]},
-        {"messages": TURNS, "meta": {"thumb": "down"}},
-        {"instruction": "p", "output": "a", "ok": False},
-        {"prompt": "p", "completion": "a", "edited_completion": "b"},
+        ({"messages": [TURNS[0], TURNS[1] | {"feedback": "down"}]}, "trl_messages", "messages[].feedback seems"),
+        (
+            {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "a", "rating": -1}]},
+            "sharegpt",
+            "conversations[].rating seems",
+        ),
+        ({"messages": TURNS, "meta": {"thumb": "down"}}, "trl_messages", "meta.thumb seems"),
+        ({"instruction": "p", "output": "a", "ok": False}, "alpaca", "ok seems"),
+        (
+            {"prompt": "p", "completion": "a", "edited_completion": "b"},
+            "trl_prompt_completion",
+            "edited_completion seems",
+        ),
+        *(
+            ({"prompt": "p", "completion": "a", field: 1}, "trl_prompt_completion", f"{field} seems")
+            for field in (
+                "accuracy",
+                "exact_match",
+                "grade",
+                "points",
+                "csat",
+                "likert",
+                "answer_relevance",
+                "coherence",
+            )
+        ),
+        *(
+            ({"prompt": "p", "completion": "a", field: 1}, "trl_prompt_completion", f"{field} seems")
+            for field in ("fluency", "factuality", "groundedness", "nota", "punteggio", "分数", "点数", "品質")
+        ),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "flipped": True}, "trl_preference", "flipped seems"),
+        ({"prompt": "p", "completion": "a", "score": 1, "ok": True}, "trl_prompt_completion", "score and ok seem"),
     ],
 )
-def test_a_judged_response_is_no_demonstration(una_here, tmp_path, record):
-    code, _, err = una_here("inspect", write_jsonl(tmp_path / "x.jsonl", [record]))
+def test_a_judged_response_is_no_demonstration(una_here, tmp_path, record, like, field):
+    path = write_jsonl(tmp_path / "x.jsonl", [record])
+    code, _, err = una_here("inspect", path)
     assert code == 1
-    assert "no known format" in err
+    assert f"its records look like {like}, but {field} to tell how good a response is" in err
+    assert f"pass --format {like} to leave it unread" in err
+    assert una_here("inspect", path, "--format", like)[0] == 0
 
 
-@pytest.mark.parametrize("said", ["rejected", "👎", "helpful"])
+@pytest.mark.parametrize("said", ["rejected", "👎", "helpful", "very good", "not_good", "terrible"])
 def test_a_word_for_good_or_bad_beside_a_demonstration_is_asked_about(una_here, tmp_path, said):
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": TURNS, "meta": {"language": "no", "state": said}}])
     code, _, err = una_here("inspect", path)
     assert code == 1
     assert f'meta.state ("{said}") may say whether a response is good' in err
     assert una_here("inspect", path, "--format", "trl_messages")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("success", False), ("solved", "no"), ("is_resolved", 0), ("refusal", True), ("pass_rate", 0.2),
+        ("pass_rate", "20%"), ("tests_passed", 3), ("win_rate", "0.4"), ("violation", False), ("errors", 2),
+    ],
+)  # fmt: skip
+def test_a_yes_or_a_number_in_a_field_that_judges_by_its_name_is_asked_about(una_here, tmp_path, field, value):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "p", "completion": "a", "meta": {field: value}}])
+    code, _, err = una_here("inspect", path)
+    assert code == 1
+    assert f"meta.{field} ({json.dumps(value)}) may say whether a response is good" in err
+    assert una_here("inspect", path, "--format", "trl_prompt_completion")[0] == 0
+
+
+def test_what_only_holds_a_word_for_good_or_bad_is_not_asked_about(una_here, tmp_path):
+    plain = {"topic": "error handling", "category": "Risk", "title": "Good morning", "emotion": "frustrated"}
+    plain |= {"subset": "clear", "task_type": "Correct", "about": "error handling", "greeting": "Good morning"}
+    plain |= {"problem_id": 3, "correct_answer": "4", "error_code": 7, "refusal": None}
+    records = [{"prompt": "p", "completion": "a"} | {key: value} for key, value in plain.items()]
+    path = write_jsonl(tmp_path / "x.jsonl", records)
+    code, _, err = una_here("inspect", path)
+    assert code == 0, err
 
 
 def test_fields_that_are_not_read_are_told(una_here, tmp_path):

@@ -26,9 +26,9 @@ from pipelines.converters import (
     trl,
 )
 from pipelines.converters.base import Converter, LeftOut, Policy, Record
-from pipelines.converters.messages import NUMBER, SYSTEM
+from pipelines.converters.messages import NUMBER, SYSTEM, judgements, without
 
-__all__ = ["CONVERTERS", "Converter", "LeftOut", "Policy", "detect", "doubt", "first_match", "nearest"]
+__all__ = ["CONVERTERS", "Converter", "LeftOut", "Policy", "detect", "doubt", "first_match", "judging", "nearest"]
 
 # The most specific shapes first: the first converter that matches a record names its format.
 _FAMILIES = (
@@ -68,8 +68,12 @@ def _unread(converter: Converter, keys: Iterable[str]) -> tuple[str, ...]:
     """Parts of the prompt that a format does not name; tools' formats look for the prompt among all fields."""
     if converter in _TOOLS:
         return ()
-    read = set(re.findall(r"\w+", " ".join(converter.fields)))
+    read = _read(converter)
     return tuple(key for key in keys if key in _PROMPT_PARTS and key not in read)
+
+
+def _read(converter: Converter) -> set[str]:
+    return set(re.findall(r"\w+", " ".join(converter.fields)))
 
 
 def _told(record: Record, names: Iterable[str]) -> list[str]:
@@ -97,6 +101,22 @@ def doubt(name: str, records: Iterable[Record]) -> str:
         return ""
     values = ", ".join(f"{value:g}" for value in sorted(found)[:9])
     return f"{field} holds only {values}, which {name} would read as {CONVERTERS[name].labels!r}"
+
+
+def judging(record: Record) -> tuple[str, list[str]]:
+    """The format that a record of none would be of without fields that judge, and their paths; '', [] if there is none.
+
+    A format's own fields are left in, since it reads them.
+    """
+    found = [] if first_match(record) else list(dict.fromkeys(judgements(record)))
+    for converter in CONVERTERS.values() if found else ():
+        read = _read(converter)
+        paths = [path for path in found if path.rpartition(".")[2] not in read]
+        rest = without(record, paths)
+        fits = paths and not lacking(converter, rest) and converter.matches(rest)
+        if fits and not _told(rest, _unread(converter, rest)):
+            return converter.name, paths
+    return "", []
 
 
 def nearest(record: Record, n: int = 3) -> list[str]:

@@ -383,6 +383,7 @@ CONVERTERS = [
             "severity_level, prompt_source, response_source": "metadata",
         },
         required=("prompt", "response", "is_safe"),
+        telling=("is_safe", lambda n: n == 0),
         labels="true is safe",
     ),
     Converter(
@@ -412,6 +413,7 @@ CONVERTERS = [
             "info.id, summaries[].policy, batch, split, extra.confidence": "metadata",
         },
         required=("info", "summaries", "choice"),
+        telling=("choice", lambda n: n == 0),
         labels="the index of the better summary, 0 or 1",
     ),
     Converter(

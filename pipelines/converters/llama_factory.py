@@ -18,6 +18,7 @@ from pipelines.converters.messages import (
     needed,
     pair,
     refuse_media,
+    refuse_unweighted,
     show,
     side,
     text,
@@ -73,6 +74,7 @@ def _sharegpt(record: Record, source: str, policy: Policy) -> list[Row | LeftOut
     """The last turn is the demonstration; if it is a `function_call`, its text is the response."""
     refuse_media(record)
     prompt, response = _prompt_and_response(record)
+    refuse_unweighted(record[_name_of_turns(record)], _name_of_turns(record))
     return [*demonstration(prompt, response, source=source, metadata=kept(record))]
 
 
@@ -154,6 +156,7 @@ CONVERTERS = [
         convert=_sharegpt_kto,
         fields=_WITH_RESPONSE | {"kto_tag": "reward: 1 or 0", "label": "reward, in files without kto_tag"},
         required=(("conversations", "messages"), ("label", "kto_tag")),
+        telling=("label", lambda n: n == 0),
         labels=GOOD_OR_BAD,
     ),
     Converter(
@@ -181,6 +184,7 @@ CONVERTERS = [
         convert=_alpaca_kto,
         fields=_ASKED | {"output": "response", "kto_tag": "reward: 1 or 0"},
         required=("instruction", "output", "kto_tag"),
+        telling=("kto_tag", lambda n: n == 0),
         labels=GOOD_OR_BAD,
     ),
     Converter(

@@ -6,6 +6,7 @@ Every function takes the place (`where`, such as `chosen[2].content`) that its c
 import json
 import math
 import re
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -21,11 +22,13 @@ _JUDGED = re.compile(
     r"|(.*_)?(score|rating|rank|star|vote|upvote|downvote|thumb|like|preference|feedback|label|winner|reward)(s|d)?"
     r"|(.*_)?((score|rating|star)s?_|correctness).*"
     r"|(.*_)?(satisfaction|usefulness|helpfulness|toxicity|severity|hallucinations?)"
+    r"|(.*_)?(accuracy|exact_match|relevanc[ey]|coherence|fluency|factuality|faithfulness|groundedness)"
+    r"|(grades?|points|csat|likert|nota|punteggio)"
     r"|(kto_tag|thumbs?_.*|confidence_.*|reactions?|passed|failed)"
     r"|(is_)?(good|bad|preferred|accepted|approved|correct|incorrect|wrong|useful|helpful|safe|unsafe|toxic|harmful"
     r"|offensive|biased|hallucinated|chosen|ties?|tied|flipped|swapped|inverted|ok|flagged|regenerated)"
     r"|(edited|corrected|revised|improved)_(response|answer|completion|output|text|reply)"
-    r"|.*(评分|打分|得分|评价|满意度|点赞|点踩|好评|評価|満足度|평가|점수|만족도|оценка|التقييم)"
+    r"|.*(评分|打分|得分|分数|评价|满意度|点赞|点踩|好评|評価|点数|品質|満足度|평가|점수|만족도|оценка|التقييم)"
     r"|(bewertung|zufriedenheit|puntuación|calificación|valoración|avaliação|évaluation|valutazione)(_.*)?",
     re.IGNORECASE,
 )
@@ -35,19 +38,40 @@ _VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "
 
 def judged(record: dict[str, Any], *but: str) -> bool:
     """Whether a column other than `but`, or a field right within one (as of a turn), says how good a response is."""
+    return next(judgements(record, *but), None) is not None
+
+
+def judgements(record: dict[str, Any], *but: str) -> Iterator[str]:
+    """The paths of these, as `rating`, `meta.rating` and `messages[].rating`."""
     for key, value in record.items():
         if key in but:
             continue
-        if _tell_judgement((key,)) or (isinstance(value, dict) and _tell_judgement(tuple(value))):
-            return True
-        if isinstance(value, list) and any(_tell_judgement(tuple(one)) for one in value if isinstance(one, dict)):
-            return True
-    return False
+        if _judging((key,)):
+            yield key
+        elif isinstance(value, dict):
+            yield from (f"{key}.{name}" for name in _judging(tuple(value)))
+        elif isinstance(value, list):
+            yield from (f"{key}[].{name}" for one in value if isinstance(one, dict) for name in _judging(tuple(one)))
+
+
+def without(record: dict[str, Any], paths: Collection[str]) -> dict[str, Any]:
+    """The record without the fields at such paths."""
+
+    def kept(fields: dict[str, Any], path: str) -> dict[str, Any]:
+        return {key: value for key, value in fields.items() if f"{path}{key}" not in paths}
+
+    def pruned(key: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [kept(one, f"{key}[].") if isinstance(one, dict) else one for one in value]
+        return kept(value, f"{key}.") if isinstance(value, dict) else value
+
+    return {key: pruned(key, value) for key, value in kept(record, "").items()}
 
 
 @lru_cache(maxsize=4096)  # the same few names in every record of a file
-def _tell_judgement(names: tuple[Any, ...]) -> bool:
-    return len(names) < 100 and any(_tells_judgement(name) for name in names if isinstance(name, str))
+def _judging(names: tuple[Any, ...]) -> tuple[str, ...]:
+    few = names if len(names) < 100 else ()
+    return tuple(name for name in few if isinstance(name, str) and _tells_judgement(name))
 
 
 def _tells_judgement(name: str) -> bool:
@@ -349,6 +373,12 @@ def answered(value: Any, where: str) -> list[Message]:
     if turns and turns[-1]["role"] == "assistant":
         turns[-1] = Message(role="assistant", content=_response(value[-1], f"{where}[{len(value) - 1}]"))
     return turns
+
+
+def refuse_unweighted(turns: list[Any], where: str) -> None:
+    """Reject a conversation whose last turn has `weight` 0, by which OpenAI and Mistral keep it from being learnt."""
+    if turns and turns[-1].get("weight") == 0:
+        raise Reject("filtered", f"{where}: the last turn has weight 0, so it is not to be learnt")
 
 
 def _response(message: dict[str, Any], where: str) -> str:

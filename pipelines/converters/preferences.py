@@ -265,6 +265,7 @@ CONVERTERS = [
             "post_id, domain, upvote_ratio, score_ratio, seconds_difference": "metadata",
         },
         required=("history", "human_ref_A", "human_ref_B", "labels"),
+        telling=("labels", lambda n: n == 0),
         labels="1: A is better, 0: B is",
     ),
     Converter(

@@ -378,6 +378,7 @@ CONVERTERS = [
             "prompt_id": "metadata",
         },
         required=("prompt", "type"),
+        telling=("label", lambda n: n == 0),
         labels=f"1: output_A is better, or output is good; 0: output_B is, or it is bad. Rewards must agree, {_TIES}",
     ),
     Converter(

@@ -21,6 +21,7 @@ from pipelines.converters.messages import (
     needed,
     pair,
     refuse_media,
+    refuse_unweighted,
     side,
     text,
     with_system,
@@ -111,9 +112,13 @@ def _completion(record: Record) -> tuple[list[Message], str]:
 
 
 def _messages(record: Record, source: str, policy: Policy) -> list[Row | LeftOut]:
-    """Conversational language modelling: the last turn, which must be the assistant's, is the demonstration."""
+    """Conversational language modelling: the last turn, which must be the assistant's, is the demonstration.
+
+    OpenAI's and Mistral's files are of this shape; a last turn of `weight` 0 is rejected, as it is not to be learnt.
+    """
     refuse_media(record)
     turns, response = answer([], answered(needed(record, "messages"), "messages"), "messages")
+    refuse_unweighted(record["messages"], "messages")
     return [*demonstration(with_system(record, turns), response, source=source, metadata=kept(record))]
 
 
@@ -142,6 +147,7 @@ CONVERTERS = [
         convert=_unpaired,
         fields={"prompt": "prompt", "completion": "response", "label": "reward: 1 or 0", **_TOOLS},
         required=("prompt", "completion", "label"),
+        telling=("label", lambda n: n == 0),
         labels=GOOD_OR_BAD,
     ),
     Converter(

@@ -31,7 +31,7 @@ _GOOD = (  # starts of words
 _GOOD_ANYWHERE = "好|有用|有帮助|满意|滿意|满足|満足|正确|正確|准确|赞|良い|役に立|좋|만족|유용|جيد|مفيد"
 _BAD = (  # anywhere in a word, as in Denkfehler
     r"wors[et]|\bbad(?!ge)|downvot|thumbs? ?down|\bdown\b|toxic|\bharm(?!on)|hallucinat|error|mistake|severity|violat"
-    r"|offensive|\bbias|\brisk|problem|\bissue|complain|fail|wrong|reject|\blos(er|es|ing)\b|negativ|\bpoor|useless|terrible"
+    r"|offensive|\bbias|\brisk|problem|\bissue|complain|refus(al|ed)|fail|wrong|reject|\blos(er|es|ing)\b|negativ|\bpoor|useless|terrible"
     r"|awful|nonsens|\bspam|jailbr|\bneeds?\b|mislead|\bbroken|\bbug(s|gy)?\b|abus|insult|hateful|nsfw|plagiar|danger|illegal"
     r"|contradict|frustrat|defect|inferior|\bflagged|^((red|user) )?flags?$|\breported( by|$)|\bpeggio|\bpeor|\bpire"
     r"|\bpior|\berros?\b|erreur|\bmauvais|\bmal[oa]?\b|fehler|schlecht|falsch|худш|плох|ошибк|вред|токсич"
