@@ -19,7 +19,7 @@ from pipelines import mapping as mappings
 from pipelines.converters import CONVERTERS, LeftOut, Policy, columns, detect, doubt, first_match, judging, nearest
 from pipelines.converters.base import CHOICES, PAPER_WEIGHTS, touched
 from pipelines.converters.messages import NUMBER
-from pipelines.mapping.drafting.labels import _CATEGORY
+from pipelines.mapping.drafting.labels import CATEGORY
 from pipelines.mapping.leaning import leaning, snake, verdict
 from pipelines.unread import unread
 from schemas.command import did_you_mean, ranges, weights
@@ -33,7 +33,7 @@ SAMPLE = 1_000  # records that `inspect` converts
 UNREAD = 12  # of the fields that are not read are named
 # Fields whose values tell records apart, or are a part of them, and judge no response: by the last word of their names.
 _NO_VERDICT = re.compile(
-    rf"(.*[^a-z])?({_CATEGORY}|emotion|mood|intention|answer|response|output|solution|question|problem|issue"
+    rf"(.*[^a-z])?({CATEGORY}|emotion|mood|intention|answer|response|output|solution|question|problem|issue"
     r"|code|number|index|idx|level|tokens?|languages?)s?",
     re.IGNORECASE,
 )

@@ -40,7 +40,7 @@ _LIKERT = [  # of these, what was not seen between others is known all the same
     "非常に不満 不満 普通 満足 非常に満足",
 ]
 # What tells responses apart and does not judge them, though a few short words say it.
-_CATEGORY = (
+CATEGORY = (
     r"id|uuid|model|language|lang|locale|country|region|category|domain|topic|subject|theme|type|kind|source|dataset"
     r"|corpus|split|subset|fold|version|date|day|month|year|time|timestamp|title|name|author|user|role|platform|device"
     r"|channel|format|license|task|intent|skill|difficulty|persona|gender|annotator|worker|rater|labell?er|reviewer"
@@ -161,7 +161,7 @@ def may_judge(columns: dict[str, fields.Column], used: list[str]) -> list[str]:
     truths = [n for n in plain if all(isinstance(v, bool) for v in columns[n])]
     measures = fields.named(columns, _MEASURES, used)
     numbers = [n for n in plain if n not in measures and fields.numbers([_with_point(v) for v in columns[n]])]
-    no_labels = {*fields.named(columns, _CATEGORY, used), *_asked_or_said(columns), *SYSTEM}
+    no_labels = {*fields.named(columns, CATEGORY, used), *_asked_or_said(columns), *SYSTEM}
     few = [n for n in others if n not in no_labels and _are_few_words(columns[n])]
     remarks = [n for n in others if judged({n: None})]
     return list(dict.fromkeys(named + truths + numbers + few + remarks))
