@@ -357,6 +357,11 @@ _SEVERAL = [
      _of(("Q", "B", 1.0), ("Q", "A", 0.0))),
     ("responses: r\nlabel: {field: x, ranking: best_only}", {"r": {"a": "A", "b": "B", "c": "C"}, "x": ["b", "c"]},
      _of(("Q", "B", 0.75), ("Q", "C", 0.75), ("Q", "A", 0.0))),
+    ("responses: r\nlabel: {field: x, ranking: best_only}", {"r": {"a": None, "b": "B", "c": "C"}, "x": "b"},
+     [("r.a", "missing_field"), *_of(("Q", "B", 1.0), ("Q", "C", 0.0))]),
+    ("responses: r\nlabel: {field: x, ranking: best_only}", {"r": {"a": " ", "b": "B", "c": "C"}, "x": "b"},
+     [("r.a", "empty_response"), *_of(("Q", "B", 1.0), ("Q", "C", 0.0))]),
+    ("responses: r\nlabel: {field: x, ranking: best_only}", {"r": {"a": "A", "b": "B"}, "x": ["a", "b"]}, "tie"),
     ("responses: [a, b]\nlabel: {field: x, ranking: best_only, missing: none}", {"a": "A", "b": "B", "x": "None"},
      "missing_label"),
     ("responses: r\nlabel: {field: x, ranking: best_only}", {"r": {"a": "A", "b": "B"}, "x": "c"}, "invalid_label"),
@@ -462,6 +467,26 @@ def test_the_best_is_compared_with_each_other_one_whatever_the_policy(mapping, r
     assert made.labels == "the name of the best response"
     found = made.convert({"q": "Q", "r": ["A", "B", "C"], "x": 2}, "s", Policy(rank_as=rank_as, ties="half"))
     assert [(r["response"], r["reward"]) for r in found] == [("C", 1), ("A", 0), ("C", 1), ("B", 0)]
+
+
+@pytest.mark.parametrize("rank_as", ["scores", "best_vs_rest"])
+@pytest.mark.parametrize("best", [None, ""])
+def test_without_the_best_nothing_is_known_of_the_others(mapping, best, rank_as):
+    made = mapping("prompt: q\nresponses: r\nlabel: {field: x, ranking: best_only}")
+    record = {"q": "Q", "r": {"a": best, "b": "B", "c": "C"}, "x": "a"}
+    with pytest.raises(Reject, match="the best response cannot be used") as rejected:
+        made.convert(record, "s", Policy(ties="half", rank_as=rank_as))
+    assert rejected.value.reason == "missing_label"
+    kept = _rows(made, record, missing="unlabelled", rank_as=rank_as)
+    assert [(r["response"], r["type"]) for r in kept] == [("B", "unlabelled"), ("C", "unlabelled")]
+
+
+@pytest.mark.parametrize("rank_as", ["scores", "all"])
+def test_all_named_as_the_best_are_a_tie(mapping, rank_as):
+    made = mapping("prompt: q\nresponses: r\nlabel: {field: x, ranking: best_only}")
+    record = {"q": "Q", "r": {"a": "A", "b": "B"}, "x": ["a", "b"]}
+    assert _outcome(made, record, rank_as=rank_as) == "tie"
+    assert [r["reward"] for r in _rows(made, record, rank_as=rank_as, ties="half")] == [0.5, 0.5]
 
 
 def test_every_annotator_makes_rows_of_their_own(mapping):

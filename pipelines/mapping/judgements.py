@@ -435,10 +435,27 @@ def _ranked(
             entries.append((response, _rank(value, where, label)))
         except Reject as error:
             made.append(LeftOut(at, error.reason, error.detail))
+    if label.get("ranking") == "best_only":
+        entries = _with_best(entries, where, policy)
     try:
         return made + ranked(prompt, entries, policy, lower_is_better=True, where=where, **facts)
     except Reject as error:
         return [*made, LeftOut("responses", error.reason, error.detail)]
+
+
+def _with_best(entries: list[tuple[str, Any]], where: str, policy: Policy) -> list[tuple[str, Any]]:
+    """The responses and their places, or none where the best is not among them: of the others none is known as better.
+
+    `Reject` for those that the policy does not keep, and for ties that it drops.
+    """
+    places = {place for _, place in entries}
+    if places == {1} and len(entries) > 1 and policy.ties == "drop":
+        raise Reject("tie", f"{where} names all responses as the best")
+    if not places or places & {1, None}:
+        return entries
+    if policy.missing == "drop":
+        raise Reject("missing_label", f"{where}: the best response cannot be used, and none of the others is better")
+    return [(response, None) for response, _ in entries]
 
 
 def _rank(value: Any, where: str, label: Label) -> float | None:
