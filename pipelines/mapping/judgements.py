@@ -135,15 +135,17 @@ def read_number(value: Any, where: str, most: float | None = None) -> float:
     return number(numeral(value, where, most), where)
 
 
-def _share(value: Any, where: str, most: float | None) -> Any:
-    """A number that a text gives as a share, on the scale that ends at `most`; any other value as it is.
+def _share(value: Any, where: str, least: float, most: float | None) -> Any:
+    """A number that a text gives as a share, on the scale from `least` to `most`; any other value as it is.
 
     "80%" and "4/5" are 0.8 of a scale from 0 to 1 or 0 to 100, and 4/5 is 4 on one that ends at 5; without `most` they
-    are shares of 1.
+    are shares of 1. Of a scale that begins below 0 there are none: 80% of [-1, 1] may be .8 or .6.
     """
     found = _SHARE.fullmatch(value.translate(_NARROW).strip()) if isinstance(value, str) else None
     if not found:
         return value
+    if least < 0:
+        raise Reject("invalid_label", f"{where}: {show(value)} is a share, and the scale begins at {least:g}; use map")
     of = float(numeral(found["of"] or "100", where))
     n = float(numeral(found["n"], where, of))
     if of == most:
@@ -215,7 +217,7 @@ def judge_one(side: Side, value: Any, where: str, label: Label, policy: Policy, 
             return score(*side, _sigmoid(-raw), raw_reward=raw, **facts)
         return score(*side, _sigmoid(raw), raw_reward=raw, **facts)
     low, high = _range(label)
-    if (share := _share(value, where, high)) is not value:
+    if (share := _share(value, where, low, high)) is not value:
         value, facts = share, _noted(facts, given)
     value = numeral(value, where, max(abs(low), abs(high)))
     return rated(*side, value, where, low, high, policy, lower_is_better=label.get("better") == "lower", **facts)
@@ -294,7 +296,8 @@ def _place(value: Any, where: str, first: float, second: float) -> float:
     both = (f"{first:g},{second:g}", f"{second:g},{first:g}")
     if isinstance(value, str) and value.translate(_NARROW).strip() in both and 0 not in (first, second):
         raise Reject("invalid_label", f"{where}: {show(value)} may be one number or both ends; use map")
-    return read_number(_share(value, where, max(first, second)), where, max(abs(first), abs(second)))
+    share = _share(value, where, min(first, second), max(first, second))
+    return read_number(share, where, max(abs(first), abs(second)))
 
 
 def _hot(scope: Scope, label: Label) -> str | None:
@@ -315,7 +318,7 @@ def _two_numbers(value: Any, label: Label, where: str) -> tuple[float | None, fl
     if not isinstance(value, list) or len(value) != 2:
         raise Reject("wrong_type", f"{where}: expected two labels, got {show(value)}")
     first, second = (value_of(v, label, f"{where}[{i}]") for i, v in enumerate(value))
-    shares = [_share(v, where, None) for v in (first, second)]
+    shares = [_share(v, where, 0, None) for v in (first, second)]
     if shares[0] is not first and shares[1] is not second:  # both are shares
         first, second = shares
     return (
