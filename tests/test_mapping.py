@@ -1173,10 +1173,17 @@ def test_a_draft_says_whose_turns_are_not_read():
 
 
 _UNCERTAIN = "is_spam flagged reported jailbroken needs_fix unhelpful poor label retry refused copied"
-_CERTAIN = "helpful is_correct thumbs_up no_errors approved útil"
+_OF_SOMETHING_ELSE = (
+    "correct_answer prompt_safe question_valid safe_mode ok_to_contact accepted_terms is_preferred_customer"
+    " best_seller relevant_docs"
+)
+_CERTAIN = (
+    "helpful is_correct thumbs_up no_errors approved útil good correct liked accepted acceptable useful satisfied"
+    " passed isHelpful not_toxic 是否满意 有用"
+)
 
 
-@pytest.mark.parametrize("name", _UNCERTAIN.split())
+@pytest.mark.parametrize("name", [*_UNCERTAIN.split(), *_OF_SOMETHING_ELSE.split()])
 def test_a_yes_whose_meaning_is_not_certain_is_to_be_checked(name):
     text = draft([{"prompt": "q", "response": "a", name: value} for value in (True, False)], "f")
     assert re.search(r"^  (thumbs|order): .*  # check: ", text, re.MULTILINE)
@@ -1186,6 +1193,13 @@ def test_a_yes_whose_meaning_is_not_certain_is_to_be_checked(name):
 def test_a_yes_whose_meaning_is_certain_is_not(name):
     text = draft([{"prompt": "q", "response": "a", name: value} for value in (True, False)], "f")
     assert '  thumbs: {good: ["true"], bad: ["false"]}\n' in text
+
+
+@pytest.mark.parametrize("values", [("positive", "negative"), ("safe", "unsafe")])
+@pytest.mark.parametrize("name", ["tone", "sentiment"])
+def test_values_that_may_speak_of_something_else_are_to_be_checked(name, values):
+    text = draft([{"question": "q", "answer": "a", name: value} for value in values], "f")
+    assert f"  thumbs: {{good: [{values[0]}], bad: [{values[1]}]}}  # check: is " in text
 
 
 def test_a_draft_of_one_value_names_no_odd_opposite():

@@ -41,6 +41,7 @@ _TURNED = r"un|in|im|ir|dis|non|не"  # before a word
 _NOT = re.compile(
     r"\b(no|not|non|never|without|free|pas|nicht|keine?[rns]?|ohne|sin|sem|senza|не|нет|без)\b", re.IGNORECASE
 )
+_FILLERS = r"\b(is|was|are|it|es|ist|est|это)\b|是否|吗"  # words of a name that say nothing
 _SAID = re.compile(
     rf"(?P<good>\b(?P<ungood>{_TURNED})?({_GOOD})|(?P<notgood>[不无無没沒未])?({_GOOD_ANYWHERE}))"
     rf"|(\b(?P<unbad>{_TURNED}))?({_BAD})",
@@ -60,6 +61,12 @@ def leaning(name: str) -> int:
     if len(signs) != 1:
         return 0
     return -signs.pop() if _NOT.search(said) else signs.pop()
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name that leans says nothing but the judgement: `is_correct`, and not `correct_answer`."""
+    said = re.sub(r"[\W_]+", " ", snake(name)).strip().lower()
+    return not re.sub(rf"({_SAID.pattern})\w*|{_NOT.pattern}|{_FILLERS}", "", said, flags=re.IGNORECASE).strip()
 
 
 def _sign(found: re.Match[str]) -> int:

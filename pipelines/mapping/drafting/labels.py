@@ -6,7 +6,7 @@ from typing import Any
 from pipelines.converters.messages import SYSTEM, judged
 from pipelines.mapping.drafting import fields
 from pipelines.mapping.judgements import canonical
-from pipelines.mapping.leaning import leaning, snake, verdict
+from pipelines.mapping.leaning import is_plain, leaning, snake, verdict
 
 _SHORT = 40  # characters of a label in words
 _SIDE_WORDS = {word for sides in fields.SIDES for word in sides}
@@ -230,7 +230,7 @@ def label_of_one(name: str | list[str], values: fields.Column) -> list[str]:
 def _thumbs(name: str | list[str], good: list[str], bad: list[str]) -> list[str]:
     """Values of good and bad; a yes or no means what the name says, and of the others one may not have been seen."""
     lean = leaning(name) if isinstance(name, str) else 0
-    neutral = _YES_NO + "|positive|negative" * (lean < 0)
+    neutral = _YES_NO + "|positive|negative" + "|(un)?safe" * (lean >= 0)
     yes_no = [v for v in good + bad if re.fullmatch(neutral, canonical(v), re.IGNORECASE)]
     told = ""
     if lean < 0 and not yes_no:
@@ -241,6 +241,8 @@ def _thumbs(name: str | list[str], good: list[str], bad: list[str]) -> list[str]
         good, bad, told = bad, good, _IS_WORSE
     elif yes_no and not lean:
         told = f"  # check: is {fields.comment(fields.in_quotes(yes_no[0]))} {'good' if yes_no[0] in good else 'bad'}?"
+    elif yes_no and not is_plain(str(name)):
+        told = "  # check: by its name, this says that a response is good; or does it speak of something else?"
     if not good or not bad:
         told += "  # check: one value was seen"
     good, bad = good or ["good"], bad or ["bad"]
