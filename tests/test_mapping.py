@@ -1114,7 +1114,18 @@ DRAFTS = [
      (0.0, 1.0)),
     ([{"prompt": "q", "response": "a", "rank": n} for n in (1, 5)], (1.0, 0.0)),
     ([{"prompt": "q", "response": "a", "rating": n} for n in (5, math.nan, 3, 1)], (1.0, "missing_label", 0.5, 0.0)),
+    ([{"prompt": "q", "response": "a", "effort": w} for w in ("low", "medium", "high")], ("invalid_label",) * 3),
+    ([{"prompt": "q", "response": "a", "quality": w} for w in ("low", "medium", "high")], (0.0, 0.5, 1.0)),
+    *(([{"prompt": "q", "response": "a", name: n} for n in (1, 5)], (1.0, 0.0))
+      for name in ("score_lower_is_better", "rating_1_best_5_worst", "quality (1=best)", "1_is_best")),
     # two responses
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "who_lost": w} for w in "AB"], (0.0, 1.0)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "who_lost": f"not {w}"} for w in "AB"], (1.0, 0.0)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "verdict": f"not {w}"} for w in "AB"], (0.0, 1.0)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "verdict": f"not_{w}"} for w in "AB"], (0.0, 1.0)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "verdict": w} for w in ("A", "not B")],
+     ("invalid_label",) * 2),
+    ([{"prompt": "q", "answer_1": "a", "answer_2": "b", "best_1": n, "best_2": 1 - n} for n in (1, 0)], (1.0, 0.0)),
     ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "a_wins": n, "b_wins": 1 - n} for n in (0, 1)], (0.0, 1.0)),
     ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "a_loses": n, "b_loses": not n} for n in (True, False)],
      (0.0, 1.0)),
@@ -1211,7 +1222,8 @@ _LEANING = {
     1: "helpful isGood Approved no_errors not_toxic error_free harmless unbiased nontoxic thumbs_up not_bad"
     " without_mistakes fehlerfrei ¿Útil? полезно 有用 是否满意",
     -1: "thumbs_down thumbsDown unhelpful not_helpful inaccurate irrelevant dissatisfied has_error reported_by_user"
-    " factual_error policy_violation Denkfehler nicht_hilfreich pas_utile inutile неверно 不满意 false_negative",
+    " factual_error policy_violation Denkfehler nicht_hilfreich pas_utile inutile неверно 不满意 false_negative"
+    " who_lost score_lower_is_better less=best",
     0: "label quality reported_quality copied retry thumbs_up_down good_or_bad issue_resolved badge corrected download"
     " closing pharmacy window likelihood",
 }
