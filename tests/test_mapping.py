@@ -761,6 +761,8 @@ WRONG = [  # the YAML, what the error says, and whether the JSON Schema can say 
     (_OK + "label: {field: x, stars: 5}\njoin: {a: {on: k}}", "join.a: file is missing; needed are file, on", True),
     (_OK + "label: {field: x, stars: 5}\njoin: {item: {file: f, on: k}}\neach: l", "the name 'item' is taken", False),
     (_OK + "label: {field: x, stars: 5}\neach: l\njoin: {key: {file: f, on: k}}", "the name 'key' is taken", False),
+    (_OK + "label: {field: x, stars: 5}\neach: {field: l, as: t.u}", "each.as: paths do not find 't.u'", False),
+    (_OK + "label: {field: x, stars: 5}\neach: {field: l, before: 'b[0]'}", "each.before: paths do not find", False),
     (_OK + "label: {field: x, stars: 5}\neach: {field: l, before: item}", "each.before: the name 'item'", False),
     ("prompt: {turns: [{user: {field: q, unwrap: '('}}]}\ndemonstration: d", "prompt.turns[0].user.unwrap", False),
     (_OK + "label: {field: x, stars: 5}\njoin: {a: {file: f, on: k, key: [l, m]}}", "2 fields, but `on` has 1", False),
