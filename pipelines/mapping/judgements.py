@@ -340,6 +340,8 @@ def judge_many(
     **facts: Any,
 ) -> list[Row | LeftOut]:
     """The rows of several responses, with their labels in a list in the same order, or by their `names`."""
+    if len(names) == len(sides):
+        sides = [_called(*side, name) for side, name in zip(sides, names, strict=True)]
     made: list[Row | LeftOut] = [LeftOut(at, s.reason, s.detail) for at, s in sides if isinstance(s, Reject)]
     if "ranking" in label:
         values = _places_of(value, names, where, label)
@@ -365,10 +367,17 @@ def judge_many(
     return some(made)
 
 
-def _distinct(names: Sequence[Any], where: str) -> list[str]:
-    """The names of the responses as they are compared."""
-    said = [canonical(name) for name in names]
-    if twice := next((name for name in said if said.count(name) > 1), None):
+def _called(at: str, side: Side | Reject, name: Any) -> tuple[str, Side | Reject]:
+    """A response by its name; one whose name is null or blank cannot be used."""
+    if is_missing(name) and not isinstance(side, Reject):
+        return at, Reject("missing_field", f"the name of {at} is {show(name)}")
+    return at, side
+
+
+def _distinct(names: Sequence[Any], where: str) -> list[str | None]:
+    """The names of the responses as they are compared, None for one that has none."""
+    said = [None if is_missing(name) else canonical(name) for name in names]
+    if twice := next((name for name in said if name is not None and said.count(name) > 1), None):
         raise Reject("wrong_shape", f"two responses are called {show(twice)}, so that {where} can judge neither")
     return said
 
@@ -380,7 +389,7 @@ def _labels_of(value: Any, names: Sequence[Any], where: str) -> tuple[list[Any],
     if not isinstance(value, dict):
         raise Reject("wrong_type", f"{where}: expected the labels by the responses' names, got {show(value)}")
     known_names = _distinct(names, where)
-    found: dict[str, Any] = {}
+    found: dict[str | None, Any] = {}
     strange: list[LeftOut] = []
     for key, one in value.items():
         if (name := canonical(key)) in found:
@@ -401,12 +410,16 @@ def _places_of(value: Any, names: Sequence[Any], where: str, label: Label) -> li
     groups = _groups(value, label)
     if label["ranking"] == "worst_first":
         groups.reverse()
-    places: dict[str, int] = {}
+    places: dict[str | None, int] = {}
     for group in groups:
         place = len(places) + 1  # behind equal ones as many places are free
         for name in map(canonical, group):
             if name not in known_names or name in places:
-                why = "is there twice" if name in places else f"is none of {_listed(names)}"
+                why = (
+                    "is there twice"
+                    if name in places
+                    else f"is none of {_listed(n for n in names if not is_missing(n))}"
+                )
                 raise Reject("invalid_label", f"{where}: {show(name)} {why}")
             places[name] = place
     behind = len(places) + 1 if label["ranking"] == "best_only" and places else None
