@@ -78,6 +78,10 @@ TEXTS = [
     ('prompt: {fields: [i, j], optional: [j], separator: " "}', {"i": "I", "j": " "}, ["user: I"]),
     ('prompt: {template: "{{{n}}} of {t.x}"}', {"n": 2.0, "t": {"x": "T"}}, ["user: {2} of T"]),
     ('prompt: {template: "{n}"}', {"n": True}, "wrong_type"),
+    ('prompt: {template: "{i} {w} {f} {e}"}', {"i": -(10**20) - 1, "w": 1e15, "f": 0.1 + 0.2, "e": 1e16},
+     ["user: -100000000000000000001 1000000000000000 0.30000000000000004 1e+16"]),
+    ("prompt: [i, j]", {"i": 1234567890123456, "j": "J"}, ["user: 1234567890123456\n\nJ"]),
+    ('prompt: {template: "{n}"}', {"n": 10**400}, "invalid_reward"),
     ("prompt: {text: Say hi}", {}, ["user: Say hi"]),
     ("prompt: {field: q, missing: ['#N/A']}", {"q": "#N/A"}, "missing_field"),
     ("prompt: {field: q, strip: true}", {"q": " Q\n"}, ["user: Q"]),
@@ -184,6 +188,9 @@ _ONE = [
     ("stars: 5", "80%", "invalid_label"),
     ("score: [0, 5], better: lower", "4/5", 0.2),
     ("score: [0, 1]", "1/2/2024", "invalid_reward"),
+    ("score: [-1, 1]", "80%", "invalid_label"),
+    ("score: [-1, 1]", "1/2", "invalid_label"),
+    ("score: [-5, 5]", "4/5", "invalid_label"),
     ("scale: sigmoid", "50%", "invalid_reward"),
     ("scale: sigmoid", 0, 0.5),
     ("scale: sigmoid", -2000.0, 0.0),
@@ -251,6 +258,8 @@ _TWO = [
     ("field: x, preference: {first: -3, second: 3}, missing: -100", -100, "missing_label"),
     ("field: x, map: {A>B: 1, A=B: 0, B>A: -1}, preference: {first: 1, second: -1}", "b>a", 0.0),
     ("field: x, preference: {first: 100, second: 0}, strength: soft", "70%", 0.7),
+    ("field: x, preference: {first: 1, second: -1}", "80%", "invalid_label"),
+    ("field: x, preference: {first: -1, second: 1}", "1/2", "invalid_label"),
     ("field: x, preference: {first: 0, second: 1}, strength: soft", "0,7", 0.3),
     ("field: x, preference: {first: 0, second: 1}, strength: soft", "１,0", 0.0),
     ("field: x, preference: {first: 1, second: 2}", "1,4", 1.0),
@@ -353,6 +362,17 @@ _SEVERAL = [
      _of(("Q", "B", 1.0), ("Q", "A", 0.0))),
     ("responses: r\nlabel: {field: x, ranking: best_only}", {"r": {"a": "A", "b": "B", "c": "C"}, "x": ["b", "c"]},
      _of(("Q", "B", 0.75), ("Q", "C", 0.75), ("Q", "A", 0.0))),
+    ("responses: r\nlabel: {field: x, ranking: best_only}", {"r": {"a": None, "b": "B", "c": "C"}, "x": "b"},
+     [("r.a", "missing_field"), *_of(("Q", "B", 1.0), ("Q", "C", 0.0))]),
+    ("responses: r\nlabel: {field: x, ranking: best_only}", {"r": {"a": " ", "b": "B", "c": "C"}, "x": "b"},
+     [("r.a", "empty_response"), *_of(("Q", "B", 1.0), ("Q", "C", 0.0))]),
+    ("responses: r\nlabel: {field: x, ranking: best_only}", {"r": {"a": "A", "b": "B"}, "x": ["a", "b"]}, "tie"),
+    ("responses: r\nlabel: {field: x, ranking: best_only, names: r}", {"r": [None, "B", "", "C"], "x": "C"},
+     [("r[0]", "missing_field"), ("r[2]", "empty_response"), *_of(("Q", "C", 1.0), ("Q", "B", 0.0))]),
+    ("responses: 'r[*].t'\nlabel: {field: x, score: [0, 4], names: 'r[*].m'}",
+     {"r": [{"t": "A", "m": None}, {"t": "B", "m": "b"}, {"t": "C", "m": " "}], "x": {"b": 4}},
+     [("r[*].t[0]", "missing_field"), ("r[*].t[2]", "missing_field"), *_of(("Q", "B", 1.0))]),
+    ("responses: r\nlabel: {field: x, ranking: best_only, names: r}", {"r": [None, "B"], "x": "C"}, "invalid_label"),
     ("responses: [a, b]\nlabel: {field: x, ranking: best_only, missing: none}", {"a": "A", "b": "B", "x": "None"},
      "missing_label"),
     ("responses: r\nlabel: {field: x, ranking: best_only}", {"r": {"a": "A", "b": "B"}, "x": "c"}, "invalid_label"),
@@ -458,6 +478,26 @@ def test_the_best_is_compared_with_each_other_one_whatever_the_policy(mapping, r
     assert made.labels == "the name of the best response"
     found = made.convert({"q": "Q", "r": ["A", "B", "C"], "x": 2}, "s", Policy(rank_as=rank_as, ties="half"))
     assert [(r["response"], r["reward"]) for r in found] == [("C", 1), ("A", 0), ("C", 1), ("B", 0)]
+
+
+@pytest.mark.parametrize("rank_as", ["scores", "best_vs_rest"])
+@pytest.mark.parametrize("best", [None, ""])
+def test_without_the_best_nothing_is_known_of_the_others(mapping, best, rank_as):
+    made = mapping("prompt: q\nresponses: r\nlabel: {field: x, ranking: best_only}")
+    record = {"q": "Q", "r": {"a": best, "b": "B", "c": "C"}, "x": "a"}
+    with pytest.raises(Reject, match="the best response cannot be used") as rejected:
+        made.convert(record, "s", Policy(ties="half", rank_as=rank_as))
+    assert rejected.value.reason == "missing_label"
+    kept = _rows(made, record, missing="unlabelled", rank_as=rank_as)
+    assert [(r["response"], r["type"]) for r in kept] == [("B", "unlabelled"), ("C", "unlabelled")]
+
+
+@pytest.mark.parametrize("rank_as", ["scores", "all"])
+def test_all_named_as_the_best_are_a_tie(mapping, rank_as):
+    made = mapping("prompt: q\nresponses: r\nlabel: {field: x, ranking: best_only}")
+    record = {"q": "Q", "r": {"a": "A", "b": "B"}, "x": ["a", "b"]}
+    assert _outcome(made, record, rank_as=rank_as) == "tie"
+    assert [r["reward"] for r in _rows(made, record, rank_as=rank_as, ties="half")] == [0.5, 0.5]
 
 
 def test_every_annotator_makes_rows_of_their_own(mapping):
@@ -727,6 +767,8 @@ WRONG = [  # the YAML, what the error says, and whether the JSON Schema can say 
     (_OK + "label: {field: x, stars: 5}\njoin: {a: {on: k}}", "join.a: file is missing; needed are file, on", True),
     (_OK + "label: {field: x, stars: 5}\njoin: {item: {file: f, on: k}}\neach: l", "the name 'item' is taken", False),
     (_OK + "label: {field: x, stars: 5}\neach: l\njoin: {key: {file: f, on: k}}", "the name 'key' is taken", False),
+    (_OK + "label: {field: x, stars: 5}\neach: {field: l, as: t.u}", "each.as: paths do not find 't.u'", False),
+    (_OK + "label: {field: x, stars: 5}\neach: {field: l, before: 'b[0]'}", "each.before: paths do not find", False),
     (_OK + "label: {field: x, stars: 5}\neach: {field: l, before: item}", "each.before: the name 'item'", False),
     ("prompt: {turns: [{user: {field: q, unwrap: '('}}]}\ndemonstration: d", "prompt.turns[0].user.unwrap", False),
     (_OK + "label: {field: x, stars: 5}\njoin: {a: {file: f, on: k, key: [l, m]}}", "2 fields, but `on` has 1", False),
@@ -1080,7 +1122,18 @@ DRAFTS = [
      (0.0, 1.0)),
     ([{"prompt": "q", "response": "a", "rank": n} for n in (1, 5)], (1.0, 0.0)),
     ([{"prompt": "q", "response": "a", "rating": n} for n in (5, math.nan, 3, 1)], (1.0, "missing_label", 0.5, 0.0)),
+    ([{"prompt": "q", "response": "a", "effort": w} for w in ("low", "medium", "high")], ("invalid_label",) * 3),
+    ([{"prompt": "q", "response": "a", "quality": w} for w in ("low", "medium", "high")], (0.0, 0.5, 1.0)),
+    *(([{"prompt": "q", "response": "a", name: n} for n in (1, 5)], (1.0, 0.0))
+      for name in ("score_lower_is_better", "rating_1_best_5_worst", "quality (1=best)", "1_is_best")),
     # two responses
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "who_lost": w} for w in "AB"], (0.0, 1.0)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "who_lost": f"not {w}"} for w in "AB"], (1.0, 0.0)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "verdict": f"not {w}"} for w in "AB"], (0.0, 1.0)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "verdict": f"not_{w}"} for w in "AB"], (0.0, 1.0)),
+    ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "verdict": w} for w in ("A", "not B")],
+     ("invalid_label",) * 2),
+    ([{"prompt": "q", "answer_1": "a", "answer_2": "b", "best_1": n, "best_2": 1 - n} for n in (1, 0)], (1.0, 0.0)),
     ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "a_wins": n, "b_wins": 1 - n} for n in (0, 1)], (0.0, 1.0)),
     ([{"prompt": "q", "answer_a": "a", "answer_b": "b", "a_loses": n, "b_loses": not n} for n in (True, False)],
      (0.0, 1.0)),
@@ -1139,10 +1192,17 @@ def test_a_draft_says_whose_turns_are_not_read():
 
 
 _UNCERTAIN = "is_spam flagged reported jailbroken needs_fix unhelpful poor label retry refused copied"
-_CERTAIN = "helpful is_correct thumbs_up no_errors approved útil"
+_OF_SOMETHING_ELSE = (
+    "correct_answer prompt_safe question_valid safe_mode ok_to_contact accepted_terms is_preferred_customer"
+    " best_seller relevant_docs"
+)
+_CERTAIN = (
+    "helpful is_correct thumbs_up no_errors approved útil good correct liked accepted acceptable useful satisfied"
+    " passed isHelpful not_toxic 是否满意 有用"
+)
 
 
-@pytest.mark.parametrize("name", _UNCERTAIN.split())
+@pytest.mark.parametrize("name", [*_UNCERTAIN.split(), *_OF_SOMETHING_ELSE.split()])
 def test_a_yes_whose_meaning_is_not_certain_is_to_be_checked(name):
     text = draft([{"prompt": "q", "response": "a", name: value} for value in (True, False)], "f")
     assert re.search(r"^  (thumbs|order): .*  # check: ", text, re.MULTILINE)
@@ -1154,6 +1214,13 @@ def test_a_yes_whose_meaning_is_certain_is_not(name):
     assert '  thumbs: {good: ["true"], bad: ["false"]}\n' in text
 
 
+@pytest.mark.parametrize("values", [("positive", "negative"), ("safe", "unsafe")])
+@pytest.mark.parametrize("name", ["tone", "sentiment"])
+def test_values_that_may_speak_of_something_else_are_to_be_checked(name, values):
+    text = draft([{"question": "q", "answer": "a", name: value} for value in values], "f")
+    assert f"  thumbs: {{good: [{values[0]}], bad: [{values[1]}]}}  # check: is " in text
+
+
 def test_a_draft_of_one_value_names_no_odd_opposite():
     text = draft([{"prompt": "q", "response": "a", "accepted": False}], "f")
     assert '  thumbs: {good: [good], bad: ["false"]}  # check: one value was seen' in text
@@ -1163,7 +1230,8 @@ _LEANING = {
     1: "helpful isGood Approved no_errors not_toxic error_free harmless unbiased nontoxic thumbs_up not_bad"
     " without_mistakes fehlerfrei ¿Útil? полезно 有用 是否满意",
     -1: "thumbs_down thumbsDown unhelpful not_helpful inaccurate irrelevant dissatisfied has_error reported_by_user"
-    " factual_error policy_violation Denkfehler nicht_hilfreich pas_utile inutile неверно 不满意 false_negative",
+    " factual_error policy_violation Denkfehler nicht_hilfreich pas_utile inutile неверно 不满意 false_negative"
+    " who_lost score_lower_is_better less=best",
     0: "label quality reported_quality copied retry thumbs_up_down good_or_bad issue_resolved badge corrected download"
     " closing pharmacy window likelihood",
 }

@@ -286,6 +286,8 @@ def _of_several(
             one = isinstance(spec["responses"], list)
             turns = values.side(scope, given, where) if one else values.as_side(given, where)
             asked, response = answer(prompt, turns, where)
+            if not response.strip():  # as a null, it takes no place among others
+                raise Reject("empty_response", f"{where} is {response!r}")
             sides.append((where, (values.with_system(scope, spec.get("system"), asked), response)))
         except Reject as error:
             sides.append((where, error))

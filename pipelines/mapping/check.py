@@ -301,6 +301,7 @@ def _check_names(spec: Spec, file: str) -> None:
     if (before := before_name(spec)) in names:
         fail(file, "each.before", f"the name {before!r} is taken; give another")
     names += [before] if before else []
+    _check_each(spec.get("each"), file)
     for join, given in spec.get("join", {}).items():
         name = given.get("as", join)
         if "each" in spec and each_path(spec) != WHOLE and paths.parse(each_path(spec))[0] == name:
@@ -313,6 +314,13 @@ def _check_names(spec: Spec, file: str) -> None:
             fail(file, f"join.{join}.key", f"{key} fields, but `on` has {on}")
         for path in (*listed(given.get("key", given["on"])), *listed(given.get("json", []))):
             _check_path(path, file, f"join.{join}")
+
+
+def _check_each(each: Any, file: str) -> None:
+    """Names that paths find as they stand: `t.u` in a path is a key in `t`."""
+    for key in ("as", "before") if isinstance(each, dict) else ():
+        if (name := each.get(key, "")) != paths.quoted(name):
+            fail(file, f"each.{key}", f"paths do not find {told(name)}; leave out dots, brackets and quotes")
 
 
 def each_path(spec: Spec) -> str:

@@ -135,15 +135,17 @@ def read_number(value: Any, where: str, most: float | None = None) -> float:
     return number(numeral(value, where, most), where)
 
 
-def _share(value: Any, where: str, most: float | None) -> Any:
-    """A number that a text gives as a share, on the scale that ends at `most`; any other value as it is.
+def _share(value: Any, where: str, least: float, most: float | None) -> Any:
+    """A number that a text gives as a share, on the scale from `least` to `most`; any other value as it is.
 
     "80%" and "4/5" are 0.8 of a scale from 0 to 1 or 0 to 100, and 4/5 is 4 on one that ends at 5; without `most` they
-    are shares of 1.
+    are shares of 1. Of a scale that begins below 0 there are none: 80% of [-1, 1] may be .8 or .6.
     """
     found = _SHARE.fullmatch(value.translate(_NARROW).strip()) if isinstance(value, str) else None
     if not found:
         return value
+    if least < 0:
+        raise Reject("invalid_label", f"{where}: {show(value)} is a share, and the scale begins at {least:g}; use map")
     of = float(numeral(found["of"] or "100", where))
     n = float(numeral(found["n"], where, of))
     if of == most:
@@ -215,7 +217,7 @@ def judge_one(side: Side, value: Any, where: str, label: Label, policy: Policy, 
             return score(*side, _sigmoid(-raw), raw_reward=raw, **facts)
         return score(*side, _sigmoid(raw), raw_reward=raw, **facts)
     low, high = _range(label)
-    if (share := _share(value, where, high)) is not value:
+    if (share := _share(value, where, low, high)) is not value:
         value, facts = share, _noted(facts, given)
     value = numeral(value, where, max(abs(low), abs(high)))
     return rated(*side, value, where, low, high, policy, lower_is_better=label.get("better") == "lower", **facts)
@@ -294,7 +296,8 @@ def _place(value: Any, where: str, first: float, second: float) -> float:
     both = (f"{first:g},{second:g}", f"{second:g},{first:g}")
     if isinstance(value, str) and value.translate(_NARROW).strip() in both and 0 not in (first, second):
         raise Reject("invalid_label", f"{where}: {show(value)} may be one number or both ends; use map")
-    return read_number(_share(value, where, max(first, second)), where, max(abs(first), abs(second)))
+    share = _share(value, where, min(first, second), max(first, second))
+    return read_number(share, where, max(abs(first), abs(second)))
 
 
 def _hot(scope: Scope, label: Label) -> str | None:
@@ -315,7 +318,7 @@ def _two_numbers(value: Any, label: Label, where: str) -> tuple[float | None, fl
     if not isinstance(value, list) or len(value) != 2:
         raise Reject("wrong_type", f"{where}: expected two labels, got {show(value)}")
     first, second = (value_of(v, label, f"{where}[{i}]") for i, v in enumerate(value))
-    shares = [_share(v, where, None) for v in (first, second)]
+    shares = [_share(v, where, 0, None) for v in (first, second)]
     if shares[0] is not first and shares[1] is not second:  # both are shares
         first, second = shares
     return (
@@ -337,6 +340,8 @@ def judge_many(
     **facts: Any,
 ) -> list[Row | LeftOut]:
     """The rows of several responses, with their labels in a list in the same order, or by their `names`."""
+    if len(names) == len(sides):
+        sides = [_called(*side, name) for side, name in zip(sides, names, strict=True)]
     made: list[Row | LeftOut] = [LeftOut(at, s.reason, s.detail) for at, s in sides if isinstance(s, Reject)]
     if "ranking" in label:
         values = _places_of(value, names, where, label)
@@ -362,10 +367,17 @@ def judge_many(
     return some(made)
 
 
-def _distinct(names: Sequence[Any], where: str) -> list[str]:
-    """The names of the responses as they are compared."""
-    said = [canonical(name) for name in names]
-    if twice := next((name for name in said if said.count(name) > 1), None):
+def _called(at: str, side: Side | Reject, name: Any) -> tuple[str, Side | Reject]:
+    """A response by its name; one whose name is null or blank cannot be used."""
+    if is_missing(name) and not isinstance(side, Reject):
+        return at, Reject("missing_field", f"the name of {at} is {show(name)}")
+    return at, side
+
+
+def _distinct(names: Sequence[Any], where: str) -> list[str | None]:
+    """The names of the responses as they are compared, None for one that has none."""
+    said = [None if is_missing(name) else canonical(name) for name in names]
+    if twice := next((name for name in said if name is not None and said.count(name) > 1), None):
         raise Reject("wrong_shape", f"two responses are called {show(twice)}, so that {where} can judge neither")
     return said
 
@@ -377,7 +389,7 @@ def _labels_of(value: Any, names: Sequence[Any], where: str) -> tuple[list[Any],
     if not isinstance(value, dict):
         raise Reject("wrong_type", f"{where}: expected the labels by the responses' names, got {show(value)}")
     known_names = _distinct(names, where)
-    found: dict[str, Any] = {}
+    found: dict[str | None, Any] = {}
     strange: list[LeftOut] = []
     for key, one in value.items():
         if (name := canonical(key)) in found:
@@ -398,12 +410,16 @@ def _places_of(value: Any, names: Sequence[Any], where: str, label: Label) -> li
     groups = _groups(value, label)
     if label["ranking"] == "worst_first":
         groups.reverse()
-    places: dict[str, int] = {}
+    places: dict[str | None, int] = {}
     for group in groups:
         place = len(places) + 1  # behind equal ones as many places are free
         for name in map(canonical, group):
             if name not in known_names or name in places:
-                why = "is there twice" if name in places else f"is none of {_listed(names)}"
+                why = (
+                    "is there twice"
+                    if name in places
+                    else f"is none of {_listed(n for n in names if not is_missing(n))}"
+                )
                 raise Reject("invalid_label", f"{where}: {show(name)} {why}")
             places[name] = place
     behind = len(places) + 1 if label["ranking"] == "best_only" and places else None
@@ -435,10 +451,27 @@ def _ranked(
             entries.append((response, _rank(value, where, label)))
         except Reject as error:
             made.append(LeftOut(at, error.reason, error.detail))
+    if label.get("ranking") == "best_only":
+        entries = _with_best(entries, where, policy)
     try:
         return made + ranked(prompt, entries, policy, lower_is_better=True, where=where, **facts)
     except Reject as error:
         return [*made, LeftOut("responses", error.reason, error.detail)]
+
+
+def _with_best(entries: list[tuple[str, Any]], where: str, policy: Policy) -> list[tuple[str, Any]]:
+    """The responses and their places, or none where the best is not among them: of the others none is known as better.
+
+    `Reject` for those that the policy does not keep, and for ties that it drops.
+    """
+    places = {place for _, place in entries}
+    if places == {1} and len(entries) > 1 and policy.ties == "drop":
+        raise Reject("tie", f"{where} names all responses as the best")
+    if not places or places & {1, None}:
+        return entries
+    if policy.missing == "drop":
+        raise Reject("missing_label", f"{where}: the best response cannot be used, and none of the others is better")
+    return [(response, None) for response, _ in entries]
 
 
 def _rank(value: Any, where: str, label: Label) -> float | None:

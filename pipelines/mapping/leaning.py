@@ -31,7 +31,8 @@ _GOOD = (  # starts of words
 _GOOD_ANYWHERE = "好|有用|有帮助|满意|滿意|满足|満足|正确|正確|准确|赞|良い|役に立|좋|만족|유용|جيد|مفيد"
 _BAD = (  # anywhere in a word, as in Denkfehler
     r"wors[et]|\bbad(?!ge)|downvot|thumbs? ?down|\bdown\b|toxic|\bharm(?!on)|hallucinat|error|mistake|severity|violat"
-    r"|offensive|\bbias|\brisk|problem|\bissue|complain|refus(al|ed)|fail|wrong|reject|\blos(er|es|ing)\b|negativ|\bpoor|useless|terrible"
+    r"|offensive|\bbias|\brisk|problem|\bissue|complain|refus(al|ed)|fail|wrong|reject|\blos(er|es|ing|t)\b|negativ"
+    r"|\bpoor|useless|terrible"
     r"|awful|nonsens|\bspam|jailbr|\bneeds?\b|mislead|\bbroken|\bbug(s|gy)?\b|abus|insult|hateful|nsfw|plagiar|danger|illegal"
     r"|contradict|frustrat|defect|inferior|\bflagged|^((red|user) )?flags?$|\breported( by|$)|\bpeggio|\bpeor|\bpire"
     r"|\bpior|\berros?\b|erreur|\bmauvais|\bmal[oa]?\b|fehler|schlecht|falsch|худш|плох|ошибк|вред|токсич"
@@ -41,6 +42,8 @@ _TURNED = r"un|in|im|ir|dis|non|не"  # before a word
 _NOT = re.compile(
     r"\b(no|not|non|never|without|free|pas|nicht|keine?[rns]?|ohne|sin|sem|senza|не|нет|без)\b", re.IGNORECASE
 )
+_LESS_IS_BETTER = re.compile(r"\b(low|less|least|small|few)\w* (is |are |means )?(better|best)\b")
+_FILLERS = r"\b(is|was|are|it|es|ist|est|это)\b|是否|吗"  # words of a name that say nothing
 _SAID = re.compile(
     rf"(?P<good>\b(?P<ungood>{_TURNED})?({_GOOD})|(?P<notgood>[不无無没沒未])?({_GOOD_ANYWHERE}))"
     rf"|(\b(?P<unbad>{_TURNED}))?({_BAD})",
@@ -53,13 +56,31 @@ def snake(name: str) -> str:
     return re.sub(r"(?<=[^\W_A-Z0-9])(?=[A-Z0-9])", "_", name)
 
 
+def spaced(name: str) -> str:
+    """The words of a name, in lower case."""
+    return re.sub(r"[\W_]+", " ", snake(name)).strip().lower()
+
+
 def leaning(name: str) -> int:
     """1 where a yes, or more, in a field of this name is good, -1 where it is bad, 0 where the name does not tell."""
-    said = re.sub(r"[\W_]+", " ", snake(name)).strip().lower()
+    said = spaced(name)
+    if _LESS_IS_BETTER.search(said):
+        return -1
     signs = {_sign(found) for found in _SAID.finditer(said)}
     if len(signs) != 1:
         return 0
     return -signs.pop() if _NOT.search(said) else signs.pop()
+
+
+def is_denied(value: str) -> bool:
+    """Whether a value that leans to neither side says that something is not so, such as `not A`."""
+    return not leaning(value) and _NOT.search(spaced(value)) is not None
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name that leans says nothing but the judgement: `is_correct`, and not `correct_answer`."""
+    said = spaced(name)
+    return not re.sub(rf"({_SAID.pattern})\w*|{_NOT.pattern}|{_FILLERS}", "", said, flags=re.IGNORECASE).strip()
 
 
 def _sign(found: re.Match[str]) -> int:

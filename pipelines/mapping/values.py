@@ -191,8 +191,14 @@ def holes(template: str) -> list[str]:
 def _inserted(scope: Scope, path: str) -> str:
     value = paths.needed(scope, path)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return f"{number(value, path):.15g}"
+        return _as_written(value, number(value, path))
     return text(value, path)
+
+
+def _as_written(given: float, value: float) -> str:
+    """A number as text; from 1e16 on a float has not every whole number."""
+    whole = isinstance(given, int) or (value.is_integer() and abs(value) < 1e16)
+    return str(int(given)) if whole else repr(value)
 
 
 # --- transcripts, rounds and message lists ---------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Any
 from pipelines.converters.messages import SYSTEM, judged
 from pipelines.mapping.drafting import fields
 from pipelines.mapping.judgements import canonical
-from pipelines.mapping.leaning import leaning, snake, verdict
+from pipelines.mapping.leaning import is_denied, is_plain, leaning, snake, spaced, verdict
 
 _SHORT = 40  # characters of a label in words
 _SIDE_WORDS = {word for sides in fields.SIDES for word in sides}
@@ -16,6 +16,10 @@ _SECOND = r"\b(zweit|rechts|segund|derech|droit|deuxi|second|direit|destr|вто
 # A label of such values means what its name says: a yes may be good or bad.
 _YES_NO = r"yes|no|true|false|1|0|-1|y|n|ja|nein|oui|non|s[ií]|sim|não|да|нет|是|否|نعم|لا"
 _RANK = "rank(ed|ing)?|rang|platz|place|puesto|order|ранг|место|排名|名次|順位"  # the first is the best
+_ONE_IS_BEST = re.compile(
+    r"\b(1 ?((is|means) )?(the )?best|best (is )?1|([2-9]|10) ?((is|means) )?(the )?worst|worst (is )?([2-9]|10))\b"
+)
+_AMOUNT = "(very.)?(low|high)|medium|moderate"  # of what is good or bad
 # What counts or measures something else than quality.
 _MEASURES = (
     r"tokens?|length|counts?|time|timestamp|date|latency|duration|cost|price|temperature|top_p|seed|turns?|year|age|index"
@@ -230,7 +234,7 @@ def label_of_one(name: str | list[str], values: fields.Column) -> list[str]:
 def _thumbs(name: str | list[str], good: list[str], bad: list[str]) -> list[str]:
     """Values of good and bad; a yes or no means what the name says, and of the others one may not have been seen."""
     lean = leaning(name) if isinstance(name, str) else 0
-    neutral = _YES_NO + "|positive|negative" * (lean < 0)
+    neutral = _YES_NO + "|positive|negative" + "|(un)?safe" * (lean >= 0)
     yes_no = [v for v in good + bad if re.fullmatch(neutral, canonical(v), re.IGNORECASE)]
     told = ""
     if lean < 0 and not yes_no:
@@ -241,6 +245,8 @@ def _thumbs(name: str | list[str], good: list[str], bad: list[str]) -> list[str]
         good, bad, told = bad, good, _IS_WORSE
     elif yes_no and not lean:
         told = f"  # check: is {fields.comment(fields.in_quotes(yes_no[0]))} {'good' if yes_no[0] in good else 'bad'}?"
+    elif yes_no and not is_plain(str(name)):
+        told = "  # check: by its name, this says that a response is good; or does it speak of something else?"
     if not good or not bad:
         told += "  # check: one value was seen"
     good, bad = good or ["good"], bad or ["bad"]
@@ -257,7 +263,12 @@ def _lower(name: str | list[str]) -> list[str]:
 
 
 def _is_rank(name: str) -> bool:
-    return bool(fields.named({name: []}, _RANK, []))
+    return bool(fields.named({name: []}, _RANK, [])) or _ONE_IS_BEST.search(spaced(name)) is not None
+
+
+def _is_quality(name: str | list[str]) -> bool:
+    """Whether more of what a field of this name holds is better; labels by people have no name that tells."""
+    return isinstance(name, list) or name in fields.named({name: []}, fields.LABEL, []) or leaning(name) > 0
 
 
 def _worded(name: str | list[str], values: list[str]) -> list[str]:
@@ -275,7 +286,8 @@ def _worded(name: str | list[str], values: list[str]) -> list[str]:
         return [f"  map: {{{listed}}}  # check: other values are rejected", "  scale: unit"]
     if len(numbers := fields.numbers([_with_point(v) for v in values])) == len(values):
         return _scale(name, numbers, [])
-    if ordered := _ordered(values):
+    amounts = all(re.fullmatch(_AMOUNT, canonical(v)) for v in values)
+    if (ordered := _ordered(values)) and (not amounts or _is_quality(name)):
         return [f"  order: {fields.yaml(ordered)}  # check: must go from the worst to the best, the ones not seen too"]
     return _unordered(values)
 
@@ -461,7 +473,7 @@ def _winner(distinct: list[str], numbers: bool = False, worse: bool = False) -> 
     first, second = _placed(others)
     if len(others) == 2 and numbers and not (first and second):
         first, second = others[:1], others[1:]
-    worst = {v for v in others if leaning(v) < 0}
+    worst = {v for v in others if leaning(v) < 0 or is_denied(v)}
     first, second = (
         [v for v in others if v in (b if v in worst else a)] for a, b in ((first, second), (second, first))
     )
