@@ -313,15 +313,14 @@ def _again(path: str, of: str, manifest: Manifest, args: argparse.Namespace, cho
 
 def records(of: readers.Range, source: Source) -> Iterator[readers.Raw | readers.Texts]:
     """The records of a range, those that are nothing but texts by column where the format allows it."""
-    if source.kind == "rejected":
-        return _rejected(of.path, str(source.retried))
-    texts = None if source.mapping or source.columns else CONVERTERS[source.format].texts
-    return readers.texts(of, texts.names) if texts else readers.records(of)
+    plain = source.mapping or source.columns or source.retried
+    texts = None if plain else CONVERTERS[source.format].texts
+    return readers.texts(of, texts.names) if texts else raws(of, source)
 
 
 def raws(of: readers.Range, source: Source) -> Iterator[readers.Raw]:
     """The records of a range, one at a time."""
-    return _rejected(of.path, str(source.retried)) if source.kind == "rejected" else readers.records(of)
+    return _rejected(of.path, source.retried) if source.retried else readers.records(of)
 
 
 def _rejected(path: str, only: str) -> Iterator[readers.Raw]:
