@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -210,12 +211,20 @@ def test_what_no_call_can_survive_stops_the_run_at_once(status, words, cache):
 
 
 def test_a_server_that_died_is_not_tried_with_every_row(cache):
+    answered = Counter()
+
     def behave(call):
-        call.answer("5") if call.number < 30 else call.send(500)
+        if call.number < 30:
+            call.answer("5")
+            answered["well"] += 1
+            return
+        while answered["well"] < 30:  # one that comes late would be an answer between the failures
+            time.sleep(0.01)
+        call.send(500)
 
     with serving(behave) as server, pytest.raises(UserError, match=r"last 20 calls failed.*HTTP 500.*run again"):
         list(judge.load(settings(server.url, concurrency=4, retries=0), cache)(items(500)))
-    assert len(server.calls) < 100  # of 500; how many are on their way is a race
+    assert len(server.calls) < 60
 
 
 def test_unreachable_and_wrong_key_are_told_before_the_run(monkeypatch):
